@@ -1,0 +1,208 @@
+"""YAML to `Config`, and every mistake in it at once, with file, line, key and what would be right.
+
+Differences from plain `yaml.safe_load`, all on the safe side: `1e-3` is a float; `012` and `1:30` are not numbers;
+a key given twice, an alias, and a file above 1 MB are errors. `yes`/`no`/`on`/`off` are booleans as in YAML 1.1, so
+that a string field given `no` can say what happened.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import pydantic
+import yaml
+
+from pretrain.config.schema import Config
+from pretrain.errors import ConfigError
+
+MAX_BYTES = 1_000_000
+Key = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the number formats that people expect, without aliases, with sequences as tuples."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - the name is PyYAML's
+        first: [(tag, rule) for tag, rule in rules if tag.endswith((":bool", ":null", ":merge"))]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(
+                problem="aliases are not used in configs; write the value out", problem_mark=mark
+            )
+        return super().compose_node(parent, index)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?((0|[1-9][0-9_]*)?\.[0-9_]*([eE][-+]?[0-9]+)?|(0|[1-9][0-9_]*)[eE][-+]?[0-9]+|\.(inf|nan))$"
+    ),
+    list("-+.0123456789"),
+)
+
+
+class _Located:
+    """Plain values of a YAML text, with the line and the raw text of every key."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.where: dict[Key, str] = {}
+        self.raw: dict[Key, str] = {}
+        self.problems: list[str] = []
+
+    def read(self, text: str) -> Any:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            return None if node is None else self._plain(loader, node, ())
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            raise ConfigError(f"{self.name}:{line}: not valid YAML: {error.problem}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{self.name}: not valid YAML: {error}") from None
+        finally:
+            loader.dispose()
+
+    def _plain(self, loader: _Loader, node: yaml.Node, key: Key) -> Any:
+        self.where.setdefault(key, f"{self.name}:{node.start_mark.line + 1}")
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(loader, node, key)
+        if isinstance(node, yaml.SequenceNode):
+            return tuple(self._plain(loader, child, (*key, i)) for i, child in enumerate(node.value))
+        self.raw[key] = node.value
+        return loader.construct_object(node)
+
+    def _mapping(self, loader: _Loader, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name_node, value_node in node.value:
+            name, line = str(name_node.value), f"{self.name}:{name_node.start_mark.line + 1}"
+            if name in values:
+                self.problems.append(
+                    f"{line}: {'.'.join(map(str, (*key, name)))}: given twice in one section"
+                )
+            self.where[(*key, name)] = line
+            values[name] = self._plain(loader, value_node, (*key, name))
+        return values
+
+    def override(self, text: str, values: dict[str, Any]) -> None:
+        """Apply one `key.sub=value`; the value is read as YAML."""
+        dotted, equals, value = text.partition("=")
+        key = tuple(dotted.strip().split("."))
+        if not equals or not all(key):
+            self.problems.append(f"override {text!r}: write it as key.sub=value, for instance optim.lr=1e-3")
+            return
+        source = _Located(f"override {text!r}")
+        parsed = source.read(value)
+        section = values
+        for name in key[:-1]:
+            inner = section.get(name)
+            section[name] = section = dict(inner) if isinstance(inner, dict) else {}
+        section[key[-1]] = parsed
+        for place, raw in source.raw.items():
+            self.raw[(*key, *place)] = raw
+        for depth in range(1, len(key) + 1):
+            self.where.setdefault(key[:depth], source.name)
+        for place in [*source.where, ()]:
+            self.where[(*key, *place)] = source.name
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read one stage from YAML and apply overrides such as `optim.lr=1e-3`.
+
+    Raises `ConfigError` with every mistake found, each with its line.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path}: a config is at most {MAX_BYTES} bytes; is this the right file?")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the config {path}: {error}") from None
+    return parse(text, str(path), overrides)
+
+
+def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Config:
+    """`load` for a text; `name` stands for the file in messages."""
+    located = _Located(name)
+    values = located.read(text)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name}: a config is a mapping of sections ({', '.join(Config.model_fields)})")
+    for override in overrides:
+        located.override(override, values)
+    try:
+        config = Config.model_validate(values)
+    except pydantic.ValidationError as error:
+        located.problems += [_explain(problem, located) for problem in error.errors(include_url=False)]
+    if located.problems:
+        count = len(located.problems)
+        raise ConfigError(
+            f"{count} mistake{'s' if count > 1 else ''} in the configuration:\n"
+            + "\n".join(f"  {problem}" for problem in located.problems)
+        )
+    return config
+
+
+def dump(config: Config) -> str:
+    """The config as YAML that `parse` reads back to an equal object."""
+    values = config.model_dump(mode="json", by_alias=True)
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=110)
+
+
+def _explain(problem: Any, located: _Located) -> str:
+    key: Key = problem["loc"]
+    known = next((key[:n] for n in range(len(key), -1, -1) if key[:n] in located.where), ())
+    where = f"{located.where.get(known, located.name)}: {'.'.join(map(str, key)) or 'config'}: "
+    match problem["type"]:
+        case "extra_forbidden":
+            return where + _unknown(key)
+        case "missing":
+            return where + "is required"
+        case "value_error":
+            return where + str(problem["ctx"]["error"])
+        case "string_type" if isinstance(problem["input"], bool) and key in located.raw:
+            raw = located.raw[key]
+            return where + f'YAML reads {raw} as a boolean; a string is needed: write "{raw}" in quotes'
+        case "literal_error":
+            return (
+                where
+                + f"{_shown(problem['input'])} is not allowed; one of: {problem['ctx']['expected']}"
+                + _nearest(str(problem["input"]), re.findall(r"'([^']+)'", problem["ctx"]["expected"]))
+            )
+        case "tuple_type":
+            return where + f"needs a list such as [16, 16], given {_shown(problem['input'])}"
+        case _:
+            message = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+            return where + f"must be {message}, given {_shown(problem['input'])}"
+
+
+def _unknown(key: Key) -> str:
+    section: Any = Config
+    for name in key[:-1]:
+        section = _section_type(section, str(name))
+    allowed = [field.alias or name for name, field in section.model_fields.items()] if section else []
+    return f"unknown key{_nearest(str(key[-1]), allowed)}; allowed here: {', '.join(allowed)}"
+
+
+def _section_type(section: Any, name: str) -> Any:
+    annotation = section.model_fields[name].annotation if section and name in section.model_fields else None
+    options = [annotation, *get_args(annotation)]
+    return next((o for o in options if isinstance(o, type) and issubclass(o, pydantic.BaseModel)), None)
+
+
+def _nearest(given: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(given, allowed, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,234 @@
+"""The resolved plan: every number that training will use, computed once, before anything is allocated.
+
+`resolve` is a pure function of the config, the world, the data set's facts and the hardware's. Its result is
+printed, saved with the run, tracked, and handed to the engine; no 'auto' reaches DeepSpeed.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from pretrain.config.schema import Config
+from pretrain.errors import ConfigError
+
+MAX_LANES = 256
+
+Precision = Literal["fp32", "bf16", "bf16_autocast"]
+"""bf16_autocast: weights stay fp32 and products run in bf16. It stands for ZeRO stage 0 in bf16, where DeepSpeed's
+own bf16 optimizer takes a step of its own at construction and so corrects Adam's bias wrongly from then on."""
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the plan needs to know of a data set; read from manifests, no sample is opened."""
+
+    samples: int
+    shards: int
+    bytes: int
+    digest: str
+    val_samples: int = 0
+    val_digest: str = ""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the plan needs to know of the device: its kind, its name, and whether it multiplies bf16."""
+
+    device: Literal["cuda", "cpu"]
+    name: str
+    has_bf16: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See `table` for what each number is. Batches are in samples, lr and weight decay as the optimizer sees them."""
+
+    world_size: int
+    global_batch: int
+    smallest_slice: int
+    largest_slice: int
+    micro_batch: int
+    accumulation: int
+    lanes: int
+    block_samples: int
+    window_blocks: int
+    total_steps: int
+    warmup_steps: int
+    epochs: float
+    log_every_steps: int
+    eval_every_steps: int
+    save_every_steps: int
+    lr: float
+    min_lr: float
+    schedule: str
+    optimizer: str
+    weight_decay: float
+    clip_grad_norm: float | None
+    zero_stage: int
+    precision: Precision
+    checkpoint_every_blocks: int
+    device: str
+    device_name: str
+    img_size: tuple[int, int]
+    grid: tuple[int, int]
+    num_tokens: int
+    train_samples: int
+    train_shards: int
+    train_digest: str
+    val_samples: int
+    val_digest: str
+
+    def slice_of(self, rank: int) -> tuple[int, int]:
+        """First and past-the-last row of the global batch that `rank` computes."""
+        return slice_bounds(self.global_batch, rank, self.world_size)
+
+    @property
+    def loss_scale(self) -> float:
+        """What the sum of a micro-batch's losses is multiplied with before backward.
+
+        The engine averages over ranks and micro-steps; slices may be uneven. With this factor the gradient is
+        that of the mean loss over the global batch, whatever the slices.
+        """
+        return self.world_size * self.accumulation / self.global_batch
+
+    def as_dict(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
+
+    def table(self) -> list[tuple[str, str]]:
+        """Rows of (what, value) for people."""
+        slices = (
+            f"{self.largest_slice}"
+            if self.smallest_slice == self.largest_slice
+            else f"{self.smallest_slice} to {self.largest_slice} (uneven; losses are weighted)"
+        )
+        clip = "off" if self.clip_grad_norm is None else f"{self.clip_grad_norm:g}"
+        blocks = {0: "off", 1: "every block"}.get(
+            self.checkpoint_every_blocks, f"every {self.checkpoint_every_blocks} blocks"
+        )
+        validation = f"{self.val_samples:,} samples, every {self.eval_every_steps:,} steps and at the end"
+        return [
+            ("device", f"{self.world_size} x {self.device_name}"),
+            (
+                "training data",
+                f"{self.train_samples:,} samples in {self.train_shards:,} shards, {self.train_digest[:12]}",
+            ),
+            ("validation", validation if self.val_samples else "none"),
+            (
+                "image, grid, tokens",
+                f"{_by(self.img_size)} px, {_by(self.grid)} patches, {self.num_tokens} tokens",
+            ),
+            ("global batch", f"{self.global_batch:,} samples"),
+            ("per rank", slices),
+            ("micro-batch x accumulation", f"{self.micro_batch} x {self.accumulation}"),
+            (
+                "sample order",
+                f"{self.lanes} lanes, blocks of {self.block_samples:,} samples, windows of {self.window_blocks}",
+            ),
+            ("length", f"{self.total_steps:,} steps = {self.epochs:.2f} epochs"),
+            (
+                "learning rate",
+                f"{self.warmup_steps:,} steps to {self.lr:g}, then {self.schedule} to {self.min_lr:g}",
+            ),
+            (
+                "optimizer",
+                f"{self.optimizer}, weight decay {self.weight_decay:g}, gradient norm clipped at {clip}",
+            ),
+            ("precision", self.precision),
+            ("ZeRO stage", str(self.zero_stage)),
+            ("activation checkpointing", blocks),
+            ("checkpoints", f"every {self.save_every_steps:,} steps and at the end"),
+        ]
+
+
+def resolve(config: Config, world_size: int, data: DataFacts, hardware: Hardware) -> Plan:
+    """Compute the plan; raises `ConfigError` where the settings cannot be met."""
+    batch = config.train.global_batch
+    if batch < world_size:
+        raise ConfigError(
+            f"train.global_batch {batch} is smaller than the world of {world_size} ranks: some would have no sample. "
+            f"Use at least {world_size}, or fewer ranks."
+        )
+    smallest, largest = batch // world_size, -(-batch // world_size)
+    accumulation = -(-largest // (config.train.micro_batch or largest))
+    total_steps = _steps(
+        config.train.total_steps, config.train.total_epochs, config.train.total_samples, batch, data.samples
+    )
+    optim = config.optim
+    warmup_steps = (
+        _steps(optim.warmup_steps, optim.warmup_epochs, optim.warmup_samples, batch, data.samples) or 0
+    )
+    if warmup_steps > total_steps:
+        raise ConfigError(
+            f"the warm-up of {warmup_steps} steps is longer than the training of {total_steps} steps"
+        )
+    model = config.model
+    return Plan(
+        world_size=world_size,
+        global_batch=batch,
+        smallest_slice=smallest,
+        largest_slice=largest,
+        micro_batch=-(-largest // accumulation),
+        accumulation=accumulation,
+        lanes=_lanes(config.data.lanes, batch),
+        block_samples=max(1, round(config.data.block_mib * 2**20 * data.samples / max(1, data.bytes))),
+        window_blocks=config.data.window_blocks,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
+        epochs=total_steps * batch / data.samples,
+        log_every_steps=config.train.log_every_steps,
+        eval_every_steps=config.train.eval_every_steps or total_steps,
+        save_every_steps=config.checkpoint.every_steps or total_steps,
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        schedule=optim.schedule,
+        optimizer=optim.name,
+        weight_decay=optim.weight_decay,
+        clip_grad_norm=optim.clip_grad_norm,
+        zero_stage=config.engine.zero_stage,
+        precision=_precision(config, hardware),
+        checkpoint_every_blocks=config.engine.checkpoint_every_blocks,
+        device=hardware.device,
+        device_name=hardware.name,
+        img_size=model.img_size,
+        grid=model.grid,
+        num_tokens=model.num_patches + model.num_prefix_tokens,
+        train_samples=data.samples,
+        train_shards=data.shards,
+        train_digest=data.digest,
+        val_samples=data.val_samples,
+        val_digest=data.val_digest,
+    )
+
+
+def slice_bounds(batch: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Rows [start, stop) of a global batch that belong to `rank`; lengths differ by at most one."""
+    return rank * batch // world_size, (rank + 1) * batch // world_size
+
+
+def _steps(steps: int | None, epochs: float | None, samples: int | None, batch: int, dataset: int) -> int:
+    """A duration in any of its units as steps; part of a step counts as one."""
+    if steps is not None:
+        return steps
+    wanted = samples if samples is not None else (epochs or 0.0) * dataset
+    return int(-(-wanted // batch))
+
+
+def _lanes(given: int | None, batch: int) -> int:
+    if given is None:
+        return max(n for n in range(1, min(batch, MAX_LANES) + 1) if batch % n == 0)
+    if batch % given:
+        raise ConfigError(
+            f"data.lanes {given} does not divide train.global_batch {batch}; use a divisor, or leave it out"
+        )
+    return given
+
+
+def _precision(config: Config, hardware: Hardware) -> Precision:
+    wanted = config.engine.precision
+    if wanted == "fp32" or (wanted == "auto" and not hardware.has_bf16):
+        return "fp32"
+    return "bf16_autocast" if config.engine.zero_stage == 0 else "bf16"
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"

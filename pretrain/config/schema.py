@@ -1,0 +1,326 @@
+"""The settings of one stage. One section per concern; every module receives only its own.
+
+Every field's description is its documentation: the README's table is generated from this file. Durations carry
+their unit in the key (`warmup_steps`, `total_epochs`); sizes are (height, width); rates end in `_rate`.
+A key that is not here is an error, a value of another type is an error, and nothing is guessed.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pretrain.config.sizes import SIZES, SizeName
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0.0, le=1.0)]
+ResizeKernel = Literal["bicubic_antialias", "bicubic", "bilinear", "align_corners"]
+
+
+class Section(BaseModel):
+    """Strict: no unknown key, no conversion between types (an int may stand for a float), no change after."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    dir: str = Field(
+        description="run directory: logs, journal, checkpoints, plan; starting again here resumes"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        0, description="seed of the weights, the sample order and every augmentation draw"
+    )
+    campaign: str | None = Field(
+        None, description="name of the MLflow parent run that holds the stages of one model; none: no parent"
+    )
+
+
+class SourceConfig(Section):
+    shards: str = Field(
+        description="folder of shards with their manifest, or a brace pattern such as `dir/a-{000..099}.tar`"
+    )
+
+
+class AugmentConfig(Section):
+    crop: Literal["random_resized", "resize"] = Field(
+        "random_resized",
+        description="random crop of random area and shape, or only a resize of the whole image",
+    )
+    scale: tuple[float, float] = Field(
+        (0.08, 1.0), description="area of a random crop as a share of the image"
+    )
+    ratio: tuple[float, float] = Field((0.75, 4 / 3), description="width / height of a random crop")
+    hflip: bool = Field(True, description="mirror left and right with probability one half")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale {list(self.scale)} must satisfy 0 < low <= high <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio {list(self.ratio)} must satisfy 0 < low <= high")
+        return self
+
+
+class DataConfig(Section):
+    train: SourceConfig = Field(description="what to train on")
+    val: SourceConfig | None = Field(None, description="what to evaluate on; none: no evaluation")
+    augment: AugmentConfig = Field(AugmentConfig(), description="what is drawn for each training image")
+    val_crop: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0,
+        description="evaluation: share of the resized image's side that the centre crop keeps (0.875 is common)",
+    )
+    interpolation: Literal["bilinear", "bicubic"] = Field(
+        "bilinear", description="antialiased resize of images"
+    )
+    decode_threads: NonNegative = Field(
+        2, description="threads that decode beside the training step; 0: none"
+    )
+    prefetch_steps: Positive = Field(2, description="steps that are decoded ahead")
+    max_pixels: Positive = Field(89_478_485, description="an image whose header says more is refused unread")
+    lanes: Positive | None = Field(
+        None, description="canonical lanes of the sample order; must divide the global batch; none: chosen"
+    )
+    block_mib: Annotated[float, Field(gt=0)] = Field(
+        8.0, description="bytes read at once, in MiB: one I/O block"
+    )
+    window_blocks: Positive = Field(4, description="blocks whose samples are shuffled among each other")
+
+
+class ModelConfig(Section):
+    """A plain ViT. Names are timm's where timm has one."""
+
+    size: SizeName | None = Field(None, description="width, depth, heads and MLP of a published size")
+    embed_dim: Positive | None = Field(None, description="width D of a token; from `size` or given")
+    depth: Positive | None = Field(None, description="number of blocks; from `size` or given")
+    num_heads: Positive | None = Field(None, description="attention heads; from `size` or given")
+    mlp_dim: Positive | None = Field(None, description="width of the MLP; from `size` or given")
+    img_size: tuple[Positive, Positive] = Field(description="image (height, width) in pixels")
+    patch_size: tuple[Positive, Positive] = Field(description="patch (height, width) in pixels")
+    in_chans: Literal[1, 3] = Field(3, description="1: greyscale, 3: RGB; images are converted")
+    num_classes: Positive = Field(description="classes K of the head")
+    global_pool: Literal["token", "avg", "map"] = Field(
+        "token",
+        description="what the head sees: the cls token, the mean of the patches, or attention pooling",
+    )
+    pos_embed: Literal["learned_1d"] = Field("learned_1d", description="kind of position embedding")
+    pos_embed_order: Literal["cls_then_pe", "pe_then_cls"] = Field(
+        "cls_then_pe",
+        description="paper: the cls token is prepended first and has a position; DeiT-3: it comes after and has none",
+    )
+    act: Literal["gelu", "gelu_tanh"] = Field("gelu", description="GELU, exact or its tanh approximation")
+    norm_eps: Annotated[float, Field(gt=0)] = Field(1e-6, description="epsilon of LayerNorm")
+    drop_path_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="stochastic depth of the last block, per sample; rises linearly from 0 at the first"
+    )
+    mean: tuple[float, ...] = Field(
+        (0.5,), description="subtracted from pixels in [0, 1]; one value or one a channel"
+    )
+    std: tuple[float, ...] = Field((0.5,), description="divides pixels in [0, 1]; one value or one a channel")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_size(cls, values: object) -> object:
+        if not isinstance(values, dict) or values.get("size") not in SIZES:
+            return values
+        size = SIZES[values["size"]]._asdict()
+        for name, number in size.items():
+            given = values.get(name)
+            if given is not None and given != number:
+                raise ValueError(
+                    f"size {values['size']} means {name} {number}, but {name} {given} is given; drop one"
+                )
+        return values | size
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        missing = [n for n in ("embed_dim", "depth", "num_heads", "mlp_dim") if getattr(self, n) is None]
+        if missing:
+            raise ValueError(
+                f"give `size` ({', '.join(SIZES)}) or all of embed_dim, depth, num_heads, mlp_dim; "
+                f"missing: {', '.join(missing)}"
+            )
+        if self.width % self.heads:
+            raise ValueError(f"embed_dim {self.width} is not divisible by num_heads {self.heads}")
+        for axis, image, patch in zip(("height", "width"), self.img_size, self.patch_size, strict=True):
+            if image % patch:
+                raise ValueError(f"img_size {axis} {image} is not a multiple of patch_size {axis} {patch}")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, self.in_chans):
+                raise ValueError(f"{name} has {len(getattr(self, name))} values; give 1 or {self.in_chans}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std {list(self.std)} must be above 0")
+        return self
+
+    @property
+    def width(self) -> int:
+        return self.embed_dim or 0
+
+    @property
+    def heads(self) -> int:
+        return self.num_heads or 0
+
+    @property
+    def num_blocks(self) -> int:
+        return self.depth or 0
+
+    @property
+    def mlp_width(self) -> int:
+        return self.mlp_dim or 0
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches as (rows, columns)."""
+        return self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1]
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: the cls token where the head reads it."""
+        return 1 if self.global_pool == "token" else 0
+
+    @property
+    def num_pos_prefix(self) -> int:
+        """Rows of the position table that belong to prefix tokens."""
+        return self.num_prefix_tokens if self.pos_embed_order == "cls_then_pe" else 0
+
+
+class ObjectiveConfig(Section):
+    name: Literal["softmax", "sigmoid"] = Field(
+        "softmax", description="cross-entropy, or one binary loss a class"
+    )
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="share of the target that is spread over all classes"
+    )
+
+
+class OptimConfig(Section):
+    name: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum")
+    lr: Annotated[float, Field(gt=0)] = Field(description="peak learning rate")
+    betas: tuple[Rate, Rate] = Field((0.9, 0.999), description="AdamW's decay rates of the moments")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's epsilon")
+    momentum: Rate = Field(0.9, description="SGD's momentum")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.05,
+        description="as torch's AdamW and SGD see it (times lr at each step); never on biases, norms, cls, PE",
+    )
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="lr of a layer is lr times this to the power of its distance from the head"
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="lr from its peak to `min_lr`"
+    )
+    min_lr: Annotated[float, Field(ge=0)] = Field(0.0, description="learning rate at the last step")
+    warmup_steps: NonNegative | None = Field(
+        None, description="steps from 0 to the peak; this or one of the next two"
+    )
+    warmup_epochs: Annotated[float, Field(ge=0)] | None = Field(None, description="the same in epochs")
+    warmup_samples: NonNegative | None = Field(None, description="the same in samples")
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="largest norm of the gradient of a global batch; none: not clipped"
+    )
+
+    @model_validator(mode="after")
+    def _at_most_one(self) -> Self:
+        _one_of(self, "warmup_steps", "warmup_epochs", "warmup_samples", at_least=0)
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        return self
+
+
+class TrainConfig(Section):
+    global_batch: Positive = Field(description="samples of one optimizer step, over all ranks")
+    micro_batch: Positive | None = Field(
+        None,
+        description="most samples of one forward on one rank; the rest is accumulated; none: no accumulation",
+    )
+    total_steps: Positive | None = Field(None, description="length of the stage; this or one of the next two")
+    total_epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="the same in epochs")
+    total_samples: Positive | None = Field(None, description="the same in samples")
+    log_every_steps: Positive = Field(10, description="steps between two records of loss, lr, speed")
+    eval_every_steps: Positive | None = Field(
+        None, description="steps between two evaluations; none: only at the end (where there is `data.val`)"
+    )
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        _one_of(self, "total_steps", "total_epochs", "total_samples", at_least=1)
+        return self
+
+
+class EngineConfig(Section):
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="what DeepSpeed ZeRO shards: nothing, optimizer, +gradients, +weights"
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "bf16", description="auto: bf16 where the hardware multiplies it (sm80, AVX512-BF16, AMX), else fp32"
+    )
+    checkpoint_every_blocks: NonNegative = Field(
+        0, description="activation checkpointing: 0 none, 1 every block is recomputed, k every k-th"
+    )
+    timeout_seconds: Annotated[int, Field(ge=5)] = Field(
+        600, description="a collective that takes longer means a hung rank: the run stops"
+    )
+    deterministic: bool = Field(False, description="bit-identical repeats on CUDA too, at the cost of speed")
+
+
+class CheckpointConfig(Section):
+    every_steps: Positive | None = Field(
+        None, description="steps between two checkpoints; none: only at the end"
+    )
+    keep: Annotated[int, Field(ge=1)] = Field(2, description="newest checkpoints to keep, the best one aside")
+    keep_best: bool = Field(True, description="also keep the best by validation top-1")
+
+
+class InitConfig(Section):
+    source: str = Field(
+        alias="from", description="run directory or checkpoint folder whose weights to start from"
+    )
+    position: Literal["resize", "reset", "drop"] = Field(
+        "resize", description="position embedding on a new grid: interpolate, draw anew, or set to zero"
+    )
+    resize_kernel: ResizeKernel = Field("bicubic_antialias", description="kernel of the interpolation")
+    which: Literal["best", "last"] = Field("last", description="which checkpoint of a run")
+    head: Literal["auto", "keep", "zero"] = Field(
+        "auto",
+        description="auto: keep the head where the classes agree, else a new one of zeros (paper table 4)",
+    )
+
+    model_config = ConfigDict(validate_by_alias=True, validate_by_name=True, serialize_by_alias=True)
+
+
+class TrackingConfig(Section):
+    uri: str | None = Field(
+        "sqlite:///runs/mlflow.db",
+        description="MLflow tracking URI, without credentials; none: only the journal",
+    )
+    experiment: str = Field("pretrain", description="MLflow experiment")
+    run_name: str | None = Field(
+        None, description="name of the run; none: the run directory's last two parts"
+    )
+
+
+class Config(Section):
+    """One stage: one YAML, one run directory, one MLflow run."""
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig
+    train: TrainConfig
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    init: InitConfig | None = None
+    tracking: TrackingConfig = TrackingConfig()
+
+
+def _one_of(section: Section, *names: str, at_least: int) -> None:
+    given = [n for n in names if getattr(section, n) is not None]
+    if not at_least <= len(given) <= 1:
+        raise ValueError(
+            f"give {'exactly' if at_least else 'at most'} one of {', '.join(names)}; given: "
+            f"{', '.join(given) or 'none'}"
+        )

@@ -1,0 +1,39 @@
+"""Errors that a user can cause. Each message says what was given, what is allowed and what to do.
+
+`main` functions print the message alone and exit with `exit_code`; a traceback appears with `--debug` only.
+Anything that is not a `UserError` is a bug of ours and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """The configuration, an override, or the environment a run was launched in is not usable."""
+
+
+class DataError(UserError):
+    """A shard, an index, a manifest or a sample is missing, damaged, or not what it says it is."""
+
+    exit_code = 3
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, or does not fit the run that asked for it."""
+
+    exit_code = 4
+
+
+class RunDirError(UserError):
+    """A run directory cannot be written, is in use, or belongs to another configuration."""
+
+    exit_code = 5
+
+
+class PeerError(UserError):
+    """Another rank failed; this rank can only stop. The message names the culprit where it is known."""
+
+    exit_code = 6

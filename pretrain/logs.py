@@ -1,0 +1,56 @@
+"""Where words go: one log file per rank in the run directory; rank 0 also speaks on stderr.
+
+Standard output stays free for what a command was asked to print. DeepSpeed writes warnings and bare prints to
+stdout; `quiet_stdout` sends them to the rank's log file.
+"""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+log = logging.getLogger("pretrain")
+
+_FORMAT = "%(asctime)s %(levelname).1s %(message)s"
+
+
+def to_stderr(*, debug: bool = False) -> None:
+    """Send the product's log to stderr. Called once by a command, never at import."""
+    _attach(log, logging.StreamHandler(sys.stderr), "%(message)s")
+    log.setLevel(logging.DEBUG if debug else logging.INFO)
+    log.propagate = False
+
+
+def to_rank_file(run_dir: Path, rank: int) -> Path:
+    """Send the log of this rank, and the libraries' warnings, to `run_dir/logs/rank_N.log`. Every rank."""
+    path = run_dir / "logs" / f"rank_{rank}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    _attach(log, handler, _FORMAT)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    _attach(logging.getLogger(), handler, _FORMAT)
+    logging.captureWarnings(True)
+    return path
+
+
+def redirect(library: str, path: Path) -> None:
+    """Send a library's own logger to a file in place of wherever it wrote."""
+    logger = logging.getLogger(library)
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    _attach(logger, logging.FileHandler(path), _FORMAT)
+    logger.propagate = False
+
+
+@contextlib.contextmanager
+def quiet_stdout(path: Path) -> Iterator[None]:
+    """Append what is printed inside to the file at `path`."""
+    with path.open("a") as file, contextlib.redirect_stdout(file):
+        yield
+
+
+def _attach(logger: logging.Logger, handler: logging.Handler, form: str) -> None:
+    handler.setFormatter(logging.Formatter(form, datefmt="%H:%M:%S"))
+    logger.addHandler(handler)
