@@ -1,0 +1,40 @@
+"""How a command of ours ends: one place for exit codes and for what is shown of an error.
+
+done                      0, or the number that the command returned
+the user's mistake        `UserError.exit_code`, the message alone on stderr; the traceback with --debug
+wrong use of the command  2, click's own message
+Ctrl-C                    130, in silence
+a bug of ours             1, with its traceback
+"""
+
+import sys
+import traceback
+from typing import NoReturn
+
+import click
+
+from pretrain.errors import UserError
+
+DEBUG = "--debug"
+INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
+
+
+def run(command: click.Command, name: str) -> NoReturn:
+    """Run `command` on the process's arguments and exit. `--debug` is taken out wherever it stands."""
+    arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
+    debug = len(arguments) < len(sys.argv[1:])
+    try:
+        result = command.main(arguments, prog_name=name, standalone_mode=False)
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            click.secho("error: ", fg="red", bold=True, nl=False, err=True)
+            click.echo(error, err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(INTERRUPTED)
+    sys.exit(result if isinstance(result, int) else 0)
