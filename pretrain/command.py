@@ -29,8 +29,7 @@ def run(command: click.Command, name: str) -> NoReturn:
         if debug:
             traceback.print_exc()
         else:
-            click.secho("error: ", fg="red", bold=True, nl=False, err=True)
-            click.echo(error, err=True)
+            click.echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()
