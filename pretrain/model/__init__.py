@@ -1,0 +1,22 @@
+"""The Vision Transformer: the network, its first weights, its position embeddings, its size in numbers."""
+
+from pretrain.model.build import build
+from pretrain.model.count import forward_flops, num_parameters
+from pretrain.model.drop_path import drop_path_rates, keep_factors
+from pretrain.model.init import InitialWeights, LazyWeights, initial_value, parameter_shapes
+from pretrain.model.resize import resize_pos_embed
+from pretrain.model.vit import VisionTransformer
+
+__all__ = [
+    "InitialWeights",
+    "LazyWeights",
+    "VisionTransformer",
+    "build",
+    "drop_path_rates",
+    "forward_flops",
+    "initial_value",
+    "keep_factors",
+    "num_parameters",
+    "parameter_shapes",
+    "resize_pos_embed",
+]

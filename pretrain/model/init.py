@@ -1,0 +1,84 @@
+"""First weights as a pure function of (seed, parameter name, shape): the same fp32 numbers whatever the world,
+the ZeRO stage, the precision and the order of construction.
+
+The paper's own code (google-research/vision_transformer) is followed: Xavier uniform for the linear maps, LeCun
+normal for the patch projection, N(0, 0.02) for the position table, zeros for cls token, biases and head. Query, key
+and value are drawn as the three square maps they are: as one [3D, D] matrix, as timm does, Xavier would see a fan of
+3D and draw them a factor sqrt(2) too small.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.config import ModelConfig
+from pretrain.model.vit import VisionTransformer
+
+Shape = tuple[int, ...]
+
+_TRUNCATED_STD = 0.87962566103423978
+"""Standard deviation of a unit normal cut off at -2 and 2; JAX divides by it, and so do we."""
+
+
+class LazyWeights(Mapping[str, Tensor]):
+    """Parameters by name, each made when it is asked for and not kept: the whole model is never held twice."""
+
+    def __init__(self, recipes: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._recipes = dict(recipes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._recipes[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._recipes)
+
+    def __len__(self) -> int:
+        return len(self._recipes)
+
+
+class InitialWeights(LazyWeights):
+    """The fp32 weights that a run with this config and seed starts from."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        def recipe(name: str, shape: Shape) -> Callable[[], Tensor]:
+            return lambda: initial_value(name, shape, seed)
+
+        super().__init__({name: recipe(name, shape) for name, shape in parameter_shapes(config).items()})
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Every parameter's name and shape in the module's order; allocates nothing. Not inside `zero.Init`."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in VisionTransformer(config).named_parameters()}
+
+
+def initial_value(name: str, shape: Shape, seed: int) -> Tensor:
+    """The first value of a parameter: float32 of `shape`, on the host."""
+    value = torch.zeros(shape, dtype=torch.float32, device="cpu")
+    generator = _generator(name, seed)
+    if name == "pos_embed":
+        return value.normal_(std=0.02, generator=generator)
+    if name == "attn_pool.latent":
+        return _xavier_uniform(value, 1, shape[-1], generator)
+    if name.startswith("head.") or not name.endswith(".weight"):
+        return value
+    if len(shape) == 1:  # LayerNorm
+        return value.fill_(1.0)
+    if name == "patch_embed.proj.weight":
+        std = (value[0].numel() ** -0.5) / _TRUNCATED_STD
+        nn.init.trunc_normal_(value, std=std, a=-2 * std, b=2 * std, generator=generator)
+        return value
+    parts = {"qkv.weight": 3, "kv.weight": 2}.get(name.rpartition("attn.")[2].removeprefix("attn_pool."), 1)
+    return _xavier_uniform(value, shape[1], shape[0] // parts, generator)
+
+
+def _xavier_uniform(value: Tensor, fan_in: int, fan_out: int, generator: torch.Generator) -> Tensor:
+    bound = (6 / (fan_in + fan_out)) ** 0.5
+    return value.uniform_(-bound, bound, generator=generator)
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
