@@ -86,10 +86,10 @@ class Plan:
     def loss_scale(self) -> float:
         """What the sum of a micro-batch's losses is multiplied with before backward.
 
-        The engine averages over ranks and micro-steps; slices may be uneven. With this factor the gradient is
-        that of the mean loss over the global batch, whatever the slices.
+        The engine adds up micro-steps and averages over ranks; slices may be uneven. With this factor the gradient
+        is that of the mean loss over the global batch, whatever the slices.
         """
-        return self.world_size * self.accumulation / self.global_batch
+        return self.world_size / self.global_batch
 
     def as_dict(self) -> dict[str, object]:
         return dataclasses.asdict(self)

@@ -1,0 +1,163 @@
+"""Names and the manifest of a checkpoint."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import CheckpointError
+
+FOLDER = "checkpoints"
+MANIFEST = "manifest.json"
+LATEST = "latest"
+BEST = "best"
+VERSION = 1
+_STEP = re.compile(r"step_(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is. Everything but the slices themselves; JSON on disk."""
+
+    step: int
+    world_size: int
+    zero_stage: int
+    config: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    data: Mapping[str, Any]
+    progress: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    optimizer: str
+    optimizer_steps: int
+    shapes: Mapping[str, list[int]]
+    slices: Mapping[str, list[tuple[int, int, int]]]
+    """parameter -> (start, stop, rank) of every slice, in order; together they cover the parameter."""
+
+    files: Mapping[str, tuple[int, str]]
+    """file name -> (bytes, sha256)."""
+
+    version: int = VERSION
+
+    def problems(self) -> list[str]:
+        """Parameters whose slices do not cover them exactly; empty for a whole checkpoint."""
+        found = []
+        for name, shape in self.shapes.items():
+            end = 0
+            for start, stop, _ in self.slices.get(name, []):
+                if start != end or stop <= start:
+                    break
+                end = stop
+            numel = 1
+            for length in shape:
+                numel *= length
+            if end != numel:
+                found.append(f"{name}: slices cover {end} of {numel} elements")
+        return found
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    return run_dir / FOLDER / f"step_{step:08d}"
+
+
+def rank_file(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+def slice_key(kind: str, name: str, start: int, stop: int) -> str:
+    """`kind` is `weight` or a state of the optimizer such as `exp_avg`."""
+    return f"{kind}:{name}:{start}:{stop}"
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Committed checkpoint folders of a run, oldest first. Committed is not verified."""
+    found = [
+        p for p in (run_dir / FOLDER).glob("step_*") if _STEP.fullmatch(p.name) and (p / MANIFEST).is_file()
+    ]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def pointer(run_dir: Path, name: str) -> Path | None:
+    """The folder that `latest` or `best` names; None where there is no such file or folder."""
+    file = run_dir / FOLDER / name
+    if not file.is_file():
+        return None
+    target = file.read_text().strip()
+    folder = run_dir / FOLDER / target
+    return folder if _STEP.fullmatch(target) and folder.is_dir() else None
+
+
+def point(run_dir: Path, name: str, folder: Path) -> None:
+    """Make `latest` or `best` name a folder, atomically."""
+    replace_file(run_dir / FOLDER / name, folder.name + "\n")
+
+
+def resolve(path: Path, which: str) -> Path:
+    """The checkpoint folder meant by a run directory or a checkpoint folder; `which` is `last` or `best`."""
+    if (path / MANIFEST).is_file():
+        return path
+    known = checkpoints(path)
+    if not known:
+        raise CheckpointError(
+            f"{path} holds no checkpoint: give a run directory with checkpoints/ or a step_N folder of one"
+        )
+    if which == "last":
+        return known[-1]
+    best = pointer(path, BEST)
+    if best is None:
+        raise CheckpointError(
+            f"{path} has no best checkpoint: it was not evaluated or checkpoint.keep_best was off; use the last one"
+        )
+    return best
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and verify a manifest; raises `CheckpointError` if it is missing, damaged or of another version."""
+    file = folder / MANIFEST
+    try:
+        document = json.loads(file.read_bytes())
+        body, digest = document["body"], document["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read as a manifest ({error or type(error).__name__})"
+        ) from None
+    if hashlib.sha256(_canonical(body)).hexdigest() != digest:
+        raise CheckpointError(f"{file} is damaged: its content does not match its sha256")
+    if body.get("version") != VERSION:
+        raise CheckpointError(
+            f"{file} has version {body.get('version')}; this release reads version {VERSION}"
+        )
+    return Manifest(**body)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    body = json.loads(json.dumps(asdict(manifest)))
+    document = {"sha256": hashlib.sha256(_canonical(body)).hexdigest(), "body": body}
+    replace_file(folder / MANIFEST, json.dumps(document, indent=1) + "\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a small file whole or not at all, and make it last."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _canonical(body: Any) -> bytes:
+    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()

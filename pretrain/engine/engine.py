@@ -1,0 +1,187 @@
+"""One ViT under DeepSpeed: take a step, run a forward pass, read and write the fp32 masters.
+
+DeepSpeed's engine is built directly from the resolved plan. It reduces gradients, shards states and calls the
+optimizer; the batch, the loss weights, the learning rate and the checkpoints are ours.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain import logs
+from pretrain.batch import Batch
+from pretrain.config import Config, Plan
+from pretrain.distributed import Ranks
+from pretrain.engine import fragments, private_api
+from pretrain.engine.fragments import Fragment
+from pretrain.engine.settings import deepspeed_config
+from pretrain.model import VisionTransformer, drop_path_rates, keep_factors
+from pretrain.objective import Objective
+from pretrain.optim import build_optimizer, parameter_groups, set_lr
+
+Reader = Callable[[str, str, int, int], Tensor]
+"""(kind, parameter, start, stop) -> fp32 [stop - start]; kind is `weight` or a state of the optimizer."""
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """loss_sum: fp32 scalar on the device, this rank's weighted losses added up; grad_norm: of the whole global
+    batch before clipping, the same on all ranks; applied: False where a non-finite gradient made all ranks skip."""
+
+    loss_sum: Tensor
+    grad_norm: float | Tensor
+    applied: bool
+
+
+class Engine:
+    """All ranks construct it and call each method together, in the same order."""
+
+    def __init__(self, config: Config, plan: Plan, ranks: Ranks, log_file: Path) -> None:
+        """Build module, optimizer and DeepSpeed engine. Weights are placeholders until `write` or `restore`."""
+        self.config = config
+        self.plan = plan
+        self.ranks = ranks
+        self._objective = Objective(config.objective, config.model.num_classes)
+        self._rates = drop_path_rates(config.model)
+        if config.engine.deterministic:
+            _be_deterministic()
+        os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)  # read when deepspeed is first imported
+        ranks.world.export(os.environ)
+        with logs.quiet_stdout(log_file):
+            self._engine, self._optimizer = self._build(log_file)
+        private_api.set_timeouts(self._engine, timedelta(seconds=config.engine.timeout_seconds))
+        self._held = fragments.held(self._engine)
+
+    def _build(self, log_file: Path) -> tuple[Any, torch.optim.Optimizer]:
+        import deepspeed
+
+        logs.redirect("DeepSpeed", log_file)
+        if self.ranks.device.type == "cpu":
+            private_api.forbid_cpu_builds()
+        settings = deepspeed_config(self.plan)
+        deepspeed.init_distributed(
+            dist_backend=None, auto_mpi_discovery=False, verbose=False, dist_init_required=False
+        )
+        partitioned = (
+            deepspeed.zero.Init(config_dict_or_path=settings)
+            if self.plan.zero_stage == 3
+            else contextlib.nullcontext()
+        )
+        with partitioned:
+            module = VisionTransformer(self.config.model, self.plan.checkpoint_every_blocks)
+        if self.plan.zero_stage < 3:
+            module.to(self.ranks.device)
+        groups = parameter_groups(module.named_parameters(), self.config.optim, self.config.model.num_blocks)
+        optimizer = build_optimizer(groups, self.config.optim, self.ranks.device)
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+        return engine, optimizer
+
+    def step(self, micro_batches: Sequence[Batch], lr: float) -> StepOutput:
+        """One optimizer update from this rank's slice of the global batch, as `plan.accumulation` micro-batches."""
+        self._engine.train()
+        set_lr(self._optimizer.param_groups, lr)
+        loss_sum = torch.zeros((), device=self.ranks.device)
+        for position, batch in enumerate(micro_batches, start=1):
+            keep = self._drop_path(batch)
+            on_device = batch.to(self.ranks.device)
+            logits = self._engine(on_device.images, keep)
+            loss = (self._objective.losses(logits, on_device.labels) * on_device.weights).sum()
+            loss_sum += loss.detach()
+            self._engine.backward(loss * self.plan.loss_scale, scale_wrt_gas=False)
+            if position == self.plan.accumulation:
+                norm = self._clip_replicated()
+            self._engine.step()
+        if self.plan.zero_stage > 0:
+            norm = self._engine.get_global_grad_norm()
+            return StepOutput(loss_sum, norm, not self._engine.optimizer.overflow)
+        return StepOutput(loss_sum, norm, bool(torch.isfinite(norm)))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits [b, K] without gradients or drop path. At stage 3 it gathers weights: all ranks call it equally often."""
+        self._engine.eval()
+        with torch.no_grad():
+            logits: Tensor = self._engine(batch.to(self.ranks.device).images)
+        return logits
+
+    def write(self, weights: Mapping[str, Tensor]) -> None:
+        """Set the fp32 masters exactly to `weights` (by name, fp32, read one at a time) and refresh what forward uses.
+
+        DeepSpeed clones its masters from weights that it has already rounded to bf16; this undoes that.
+        """
+        by_name: dict[str, list[Fragment]] = {name: [] for name in self.shapes}
+        for fragment in self._held:
+            by_name[fragment.name].append(fragment)
+        for name, parts in by_name.items():
+            if parts:
+                value = weights[name].detach().to(torch.float32).reshape(-1)
+                for part in parts:
+                    part.of(part.flat).copy_(value[part.start : part.stop])
+        private_api.refresh_weights(self._engine)
+
+    def restore(self, read: Reader, steps: int) -> None:
+        """Set masters and optimizer state from `read(kind, name, start, stop)`; `steps` updates were made before."""
+        name = self.config.optim.name
+        if steps > 0:
+            fragments.make_states(self._optimizer, self._held, name, steps)
+        for part in self._held:
+            part.of(part.flat).copy_(read("weight", part.name, part.start, part.stop))
+            if steps > 0:
+                for kind in fragments.STATES[name]:
+                    state = part.of(self._optimizer.state[part.flat][kind])
+                    state.copy_(read(kind, part.name, part.start, part.stop))
+        private_api.refresh_weights(self._engine)
+
+    def slices(self) -> Iterable[tuple[str, int, int, dict[str, Tensor]]]:
+        """What this rank writes into a checkpoint: (parameter, start, stop, {kind: fp32 view [stop - start]})."""
+        for part in fragments.owned(self._held, self.plan.zero_stage, self.ranks.rank, self.ranks.size):
+            state = self._optimizer.state.get(part.flat, {})
+            kinds = {"weight": part.of(part.flat)}
+            for kind in fragments.STATES[self.config.optim.name]:
+                stored = state.get(kind)
+                kinds[kind] = torch.zeros_like(kinds["weight"]) if stored is None else part.of(stored)
+            yield part.name, part.start, part.stop, kinds
+
+    @property
+    def steps_taken(self) -> int:
+        """Updates made so far, over all attempts; skipped steps are none."""
+        return fragments.steps_taken(self._optimizer)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter's whole shape, in the module's order."""
+        return {name: tuple(private_api.full_shape(p)) for name, p in self._engine.module.named_parameters()}
+
+    def _drop_path(self, batch: Batch) -> Tensor | None:
+        if self.config.model.drop_path_rate == 0.0:
+            return None
+        return keep_factors(self.config.run.seed, batch.positions, self._rates).to(
+            self.ranks.device, non_blocking=True
+        )
+
+    def _clip_replicated(self) -> Tensor:
+        """Stage 0: norm of the reduced gradient, clipped in place; a non-finite one is dropped so that nothing moves."""
+        if self.plan.zero_stage > 0:
+            return torch.zeros(())
+        parameters = [p for p in self._engine.module.parameters() if p.grad is not None]
+        limit = self.plan.clip_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        if not torch.isfinite(norm):
+            for parameter in parameters:
+                parameter.grad = None
+        return norm
+
+
+def _be_deterministic() -> None:
+    """Bit-identical repeats on CUDA; cuBLAS reads its workspace setting at its first call."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

@@ -1,0 +1,104 @@
+"""Every private or undocumented thing of DeepSpeed and torch that this product touches, and why.
+
+Nothing else in the product may. `tests/engine/test_private_api.py` builds an engine of each stage and checks that
+all of it is still there and of the kind that is expected, so that an upgrade fails in a test and not in a run.
+"""
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import deepspeed.ops
+import torch
+from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+
+class Piece(NamedTuple):
+    """Elements [start, stop) of a flattened parameter live in `flat` from `offset` on."""
+
+    start: int
+    stop: int
+    flat: Tensor
+    offset: int
+
+
+def forbid_cpu_builds() -> None:
+    """Keep DeepSpeed from compiling `deepspeed_shm_comm` at start on a CPU (40-60 s; a killed build hangs the next).
+
+    Touches: `deepspeed.ops.__compatible_ops__`. The op serves inference only; there is no public switch.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def set_timeouts(engine: Any, timeout: timedelta) -> None:
+    """Give DeepSpeed's process groups our timeout; it creates them with torch's default of half an hour.
+
+    Touches: `engine.data_parallel_group`, `engine.seq_data_parallel_group`, `optimizer.dp_process_group`,
+    `torch.distributed.distributed_c10d._set_pg_timeout`.
+    """
+    groups = {engine.data_parallel_group, engine.seq_data_parallel_group}
+    groups.add(getattr(engine.optimizer, "dp_process_group", engine.data_parallel_group))
+    for group in groups:
+        _set_pg_timeout(timeout, group)
+
+
+def pieces(engine: Any, parameter: Tensor) -> Iterator[Piece]:
+    """Where this rank holds fp32 elements of `parameter`, whatever the ZeRO stage.
+
+    Touches, stages 1 and 2: `parameter._hp_mapping` (a `tensor_fragment`), and the flat masters
+    `single_partition_of_fp32_groups` or, for bf16 at stage 1, `fp32_groups_flat_partition`.
+    Touches, stage 3: `get_param_id`, `grad_position`, `fp32_partitioned_groups_flat`, `parameter.ds_numel`.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 0:
+        yield Piece(0, parameter.numel(), parameter, 0)
+    elif stage < 3:
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is not None:
+            low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+            flat = flat_masters(optimizer)[mapping.param_group_index]
+            yield Piece(low.start, low.start + low.numel, flat, high.start)
+    else:
+        group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        total: int = parameter.ds_numel  # type: ignore[attr-defined]
+        start = min(torch.distributed.get_rank() * length, total)
+        stop = min(start + length, total)
+        if start < stop:
+            yield Piece(start, stop, optimizer.fp32_partitioned_groups_flat[group], offset)
+
+
+def flat_masters(optimizer: Any) -> list[Tensor]:
+    """The flat fp32 masters of stages 1 to 3: what the inner optimizer sees as its parameters."""
+    for name in (
+        "fp32_partitioned_groups_flat",
+        "single_partition_of_fp32_groups",
+        "fp32_groups_flat_partition",
+    ):
+        if hasattr(optimizer, name):
+            masters: list[Tensor] = getattr(optimizer, name)
+            return masters
+    raise AttributeError(f"{type(optimizer).__name__} has no flat fp32 masters under a name that we know")
+
+
+def refresh_weights(engine: Any) -> None:
+    """Copy the fp32 masters to the weights that the forward pass uses. All ranks.
+
+    Touches, stages 1 and 2: `optimizer.update_lp_params`. Stage 3: `_partition_all_parameters`,
+    `_reassign_or_swap_out_partitioned_parameters`, `persistent_parameters` and their `all_gather`.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage in (1, 2):
+        optimizer.update_lp_params()
+    elif stage == 3:
+        optimizer._partition_all_parameters()
+        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter before ZeRO-3 took it apart. Touches: `parameter.ds_shape`."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape

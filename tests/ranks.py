@@ -1,0 +1,85 @@
+"""Run a function on several ranks, each a process forked from one that has torch and DeepSpeed imported already."""
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from pretrain.distributed import Ranks, joined
+from pretrain.distributed import _free_port as free_port
+from pretrain.world import World
+
+_PRELOAD = ["deepspeed", "pretrain.engine.engine", "pretrain.checkpoint"]
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(_PRELOAD)
+
+
+class RankError(AssertionError):
+    """Raised with the traceback of the first rank that failed."""
+
+
+def on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    """`function(ranks, *args)` on every rank; returns what each returned. `function` is a module's, not a local one."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    port = free_port()
+    ends: list[Connection] = []
+    processes = []
+    for rank in range(world_size):
+        mine, theirs = _context.Pipe()
+        process = _context.Process(
+            target=_run, args=(theirs, rank, world_size, port, function, args), daemon=True
+        )
+        process.start()
+        theirs.close()
+        ends.append(mine)
+        processes.append(process)
+    answers: dict[int, tuple[bool, Any]] = {}
+    try:
+        while len(answers) < world_size:
+            ready = wait([end for rank, end in enumerate(ends) if rank not in answers], timeout)
+            if not ready:
+                raise RankError(
+                    f"ranks {sorted(set(range(world_size)) - answers.keys())} gave no answer in {timeout} s"
+                )
+            for end in ready:
+                rank = ends.index(end)  # type: ignore[arg-type]
+                try:
+                    answers[rank] = end.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    answers[rank] = (False, f"rank {rank} died without a word")
+            failed = [text for ok, text in answers.values() if not ok]
+            if failed:
+                raise RankError("\n".join(failed))
+    finally:
+        for process in processes:
+            process.join(10 if len(answers) == world_size else 0.5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+    return [answers[rank][1] for rank in range(world_size)]
+
+
+def _run(
+    end: Connection,
+    rank: int,
+    world_size: int,
+    port: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    world = World(rank, world_size, rank, "127.0.0.1", port, "test")
+    try:
+        with joined(world, torch.device("cpu"), timeout_seconds=60) as ranks:
+            answer = (True, function(ranks, *args))
+    except BaseException:
+        answer = (False, f"rank {rank}:\n{traceback.format_exc()}")
+    end.send(answer)
+    end.close()
+
+
+__all__ = ["RankError", "Ranks", "free_port", "on_ranks"]
