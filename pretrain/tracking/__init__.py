@@ -1,0 +1,17 @@
+"""Metrics, parameters and status of a run: written down at once, delivered to MLflow when MLflow is there.
+
+1. `records`   the lines of the journal: what they hold, which values are allowed
+2. `redact`    secrets are taken out before anything is written
+3. `journal`   rank 0 appends one line per call to `RUN/metrics.jsonl`; this file is the truth
+4. `tracker`   what the trainer talks to: a journal, and the drainer process that reads it
+5. `drain`     that process; `progress` is its note of how far it came, `target` the address it was given
+6. `deliver`   journal lines to MLflow's entities, in order, again and again until they are there
+7. `store`     MLflow's side: runs found or created, errors sorted
+
+Only 6 and 7 import mlflow or wait for a network, and training imports neither.
+"""
+
+from pretrain.tracking.journal import Journal
+from pretrain.tracking.tracker import Tracker
+
+__all__ = ["Journal", "Tracker"]

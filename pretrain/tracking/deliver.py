@@ -1,0 +1,201 @@
+"""A journal becomes an MLflow run: read lines, send them, note how far it came."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Metric, Param, RunTag
+
+from pretrain.errors import RunDirError
+from pretrain.logs import log
+from pretrain.tracking import progress, records
+from pretrain.tracking.journal import artifact_file, journal_path
+from pretrain.tracking.locks import is_locked
+from pretrain.tracking.progress import Delivered
+from pretrain.tracking.records import Record
+from pretrain.tracking.store import Item, MlflowRun, RefusedError, RunLostError, UnreachableError
+
+FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
+POLL_SECONDS = 0.5
+MAX_BATCH, MIN_BATCH = 1000, 50
+
+
+class Drainer:
+    """Delivers one journal to one store. The caller holds `progress.drain_lock`.
+
+    from_start: deliver everything again; what MLflow has already stays as it is.
+    """
+
+    def __init__(self, run_dir: Path, uri: str, *, from_start: bool = False) -> None:
+        self._run_dir = run_dir
+        self._path = journal_path(run_dir)
+        self._batch = MAX_BATCH
+        self._mlflow: MlflowRun | None = None
+        # Known ahead, so that what a later attempt took the place of is not delivered in the first place.
+        attempts = records.read_ops(self._path, "attempt")
+        self._attempts = {record["attempt"]: record["from_step"] for record in attempts}
+        note = progress.read(run_dir)
+        goes_on = note is not None and note.uri == uri and note.offset <= self._path.stat().st_size
+        self.note = note if note is not None and goes_on and not from_start else Delivered(uri)
+
+    def advance(self) -> bool:
+        """Deliver the next few lines; False when there is none. Raises `UnreachableError` when they did not get
+        through."""
+        group, end = self._next_group()
+        if end == self.note.offset:
+            return False
+        try:
+            self._deliver(group, self._open())
+        except UnreachableError:
+            self._batch = max(MIN_BATCH, self._batch // 2)  # a slow server may take less at a time
+            raise
+        except RunLostError:
+            log.warning("MLflow no longer has this run; everything is delivered again")
+            self._mlflow = None
+            self._save(Delivered(self.note.uri))
+            return True
+        self._batch = min(MAX_BATCH, self._batch * 2)
+        self._save(Delivered(self.note.uri, end))
+        return True
+
+    def close_abandoned(self) -> None:
+        """Mark a run whose process died without a word as KILLED. Call when `advance` has nothing left."""
+        last = records.last_record(self._path)
+        if last is not None and last["op"] != "status" and not is_locked(self._path):
+            self._open().set_status("KILLED", last["time"])
+
+    def note_error(self, error: Exception) -> None:
+        """Leave the reason of an outage where the trainer's last words can quote it."""
+        self._save(self.note._replace(error=str(error)))
+
+    def _open(self) -> MlflowRun:
+        if self._mlflow is None:
+            run = next(records.read_ops(self._path, "run"), None)
+            if run is None:
+                raise RunDirError(
+                    f"{self._path} does not begin with the description of its run; was it edited?"
+                )
+            self._mlflow = MlflowRun(self.note.uri, run)
+        return self._mlflow
+
+    def _next_group(self) -> tuple[list[Record], int]:
+        """Lines that can travel in one request, or one line that cannot be joined, and the offset after them."""
+        group: list[Record] = []
+        end, size = self.note.offset, 0
+        with self._path.open("rb") as file:
+            for line, line_end in records.read_lines(file, end):
+                record = records.decode(line)
+                if record is None:
+                    self._bury({"line": line.decode(errors="replace")}, "not a line of a journal")
+                elif "values" in record:
+                    group.append(record)
+                    size += len(record["values"])
+                elif group:
+                    break
+                else:
+                    return [record], line_end
+                end = line_end
+                if size >= self._batch:
+                    break
+        return group, end
+
+    def _deliver(self, group: list[Record], run: MlflowRun) -> None:
+        if group and "values" not in group[0]:
+            try:
+                self._deliver_alone(group[0], run)
+            except (RefusedError, ValueError, OSError) as error:
+                self._bury(group[0], str(error))
+        else:
+            self._send([item for record in group for item in self._items(record)], run)
+
+    def _deliver_alone(self, record: Record, run: MlflowRun) -> None:
+        match record["op"]:
+            case "attempt":
+                self._attempts[record["attempt"]] = record["from_step"]
+                run.set_status("RUNNING", record["time"])
+                run.log([RunTag("attempt", str(record["attempt"]))])
+            case "status":
+                run.set_status(record["status"], record["time"])
+            case "dataset":
+                run.log_dataset(record)
+            case "artifact":
+                file = artifact_file(self._run_dir, record["path"])
+                run.log_artifact(file, Path(record["path"]).parent)
+
+    def _items(self, record: Record) -> Iterator[Item]:
+        """What a line stands for in MLflow's terms."""
+        if record["op"] != "metrics":
+            entity = Param if record["op"] == "params" else RunTag
+            for name, text in record["values"].items():
+                yield entity(name, text)
+        elif not self._is_superseded(record):
+            known = record.get("known", {})
+            for name, measured in record["values"].items():
+                value, stamp = known.get(name) or (measured, record["time"])
+                yield Metric(name, float("nan") if value is None else value, stamp, record["step"])
+
+    def _is_superseded(self, record: Record) -> bool:
+        return any(
+            attempt > record["attempt"] and from_step < record["step"]
+            for attempt, from_step in self._attempts.items()
+        )
+
+    def _send(self, items: list[Item], run: MlflowRun) -> None:
+        """Deliver a batch; one that MLflow refuses is halved until the culprit stands alone, and is set aside."""
+        if not items:
+            return
+        try:
+            run.log(items)
+        except RefusedError as error:
+            if len(items) == 1:
+                self._bury(dict(items[0]), str(error))
+                return
+            middle = len(items) // 2
+            self._send(items[:middle], run)
+            self._send(items[middle:], run)
+
+    def _bury(self, content: dict[str, Any], error: str) -> None:
+        log.warning("MLflow did not take %s: %s", content, error)
+        with (self._run_dir / "tracking" / "dead_letter.jsonl").open("a") as file:
+            file.write(json.dumps({"error": error, **content}, default=str) + "\n")
+
+    def _save(self, note: Delivered) -> None:
+        note.save(self._run_dir)
+        self.note = note
+
+
+def deliver(
+    drainer: Drainer,
+    ends: Callable[[], bool],
+    grace: float,
+    heard: Callable[[int], None] = lambda offset: None,
+) -> bool:
+    """Deliver until `ends()` and all is delivered, or until `grace` seconds after it: True if all is delivered.
+
+    `heard` is called with the journal's offset after each request.
+    """
+    wait, deadline = FIRST_WAIT, float("inf")
+    while True:
+        ending = deadline < float("inf")
+        if not ending and ends():
+            ending, deadline, wait = True, time.monotonic() + grace, FIRST_WAIT
+        pause = POLL_SECONDS
+        try:
+            if drainer.advance():
+                heard(drainer.note.offset)
+                wait = FIRST_WAIT
+                continue
+            if ending:
+                drainer.close_abandoned()
+                return True
+        except UnreachableError as error:
+            log.warning("MLflow does not answer, next try in %.1f s: %s", wait, error)
+            drainer.note_error(error)
+            pause, wait = wait, min(LONGEST_WAIT, 2 * wait)
+        pause_end = min(deadline, time.monotonic() + pause)
+        while time.monotonic() < pause_end and (ending or not ends()):
+            time.sleep(min(POLL_SECONDS, max(0.0, pause_end - time.monotonic())))
+        if time.monotonic() >= deadline:
+            return False

@@ -1,0 +1,48 @@
+"""How far a journal was delivered: the drainer's note, `RUN/tracking/delivered.json`, and its lock."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from pretrain.tracking import records
+from pretrain.tracking.journal import journal_path
+from pretrain.tracking.locks import LockFile
+
+
+class Delivered(NamedTuple):
+    """The journal up to byte `offset` is with the MLflow at `uri`. `error`: why it is not further, if it is not."""
+
+    uri: str
+    offset: int = 0
+    error: str | None = None
+
+    def save(self, run_dir: Path) -> None:
+        """Replace the note in one step. Lost with the power it costs a repeated delivery, nothing else."""
+        path = _path(run_dir)
+        aside = path.with_suffix(".new")
+        aside.write_text(json.dumps(self._asdict()) + "\n")
+        aside.replace(path)
+
+
+def read(run_dir: Path) -> Delivered | None:
+    """The drainer's note, or None where there is none that can be read."""
+    try:
+        return Delivered(**json.loads(_path(run_dir).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def count_unsent(run_dir: Path) -> int:
+    """Lines of the journal that no drainer has dealt with yet."""
+    note = read(run_dir)
+    with journal_path(run_dir).open("rb") as file:
+        return sum(1 for _ in records.read_lines(file, note.offset if note else 0))
+
+
+def drain_lock(run_dir: Path) -> LockFile:
+    """Held by the one drainer that a run may have."""
+    return LockFile(run_dir / "tracking" / "drain.lock")
+
+
+def _path(run_dir: Path) -> Path:
+    return run_dir / "tracking" / "delivered.json"

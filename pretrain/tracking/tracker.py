@@ -1,0 +1,151 @@
+"""What the trainer talks to: the journal of this attempt, and the process that delivers it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from pretrain.config.schema import RunConfig, TrackingConfig
+from pretrain.errors import RunDirError
+from pretrain.lineage import code_facts
+from pretrain.logs import log
+from pretrain.tracking import progress
+from pretrain.tracking.journal import Journal
+from pretrain.tracking.records import Status
+from pretrain.tracking.target import resolve_uri, sqlite_path
+
+SERVER_GRACE_SECONDS = 10.0
+FILE_GRACE_SECONDS = 60.0
+"""An embedded store answers for sure, but the first run has to create it."""
+
+
+class Tracker:
+    """Tracking of one attempt at a run. Rank 0 only: the caller decides, other ranks make none.
+
+    No call waits for MLflow but `finish`, and that one for seconds.
+    """
+
+    def __init__(
+        self, run_dir: Path, journal: Journal, drainer: "subprocess.Popen[bytes] | None", grace: float
+    ) -> None:
+        self._run_dir = run_dir
+        self._journal = journal
+        self._drainer = drainer
+        self._grace = grace
+        self._finished = False
+
+    @classmethod
+    def start(
+        cls,
+        run_dir: Path,
+        tracking: TrackingConfig,
+        run: RunConfig,
+        *,
+        params: Mapping[str, object],
+        tags: Mapping[str, object],
+        from_step: int = 0,
+    ) -> "Tracker":
+        """Begin tracking: an attempt that goes on after step `from_step`, 0 for a new run.
+
+        params: flat settings and plan; tags: labels such as `stage` and `init_from`. The attempt's number, the code's
+        version and git state, and Slurm's job are added.
+        Raises `ConfigError` for a `tracking.uri` that cannot be used and `RunDirError` where the directory cannot be
+        written or is in use.
+        """
+        uri = None if tracking.uri is None else resolve_uri(tracking.uri)
+        journal = Journal.open(
+            run_dir,
+            experiment=tracking.experiment,
+            name=tracking.run_name or "/".join(run_dir.absolute().parts[-2:]),
+            campaign=run.campaign,
+            uri=uri,
+            from_step=from_step,
+        )
+        journal.params(params)
+        journal.tags({**_origin(), **tags})
+        if uri is None:
+            return cls(run_dir, journal, None, 0.0)
+        grace = SERVER_GRACE_SECONDS if sqlite_path(uri) is None else FILE_GRACE_SECONDS
+        return cls(run_dir, journal, _start_drainer(run_dir, uri, grace), grace)
+
+    @property
+    def attempt(self) -> int:
+        """1 for a new run, one more at each restart."""
+        return self._journal.attempt
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Log values of a step; see `Journal.metrics`."""
+        self._journal.metrics(step, values)
+
+    def tags(self, values: Mapping[str, object]) -> None:
+        """Set labels of the run."""
+        self._journal.tags(values)
+
+    def dataset(self, name: str, digest: str, source: str, context: str) -> None:
+        """Name a data set the run reads; see `Journal.dataset`."""
+        self._journal.dataset(name, digest, source, context)
+
+    def artifact(self, path: Path) -> None:
+        """Keep a small file of the run directory with the run; see `Journal.artifact`."""
+        self._journal.artifact(path)
+
+    def sync(self) -> None:
+        """Return when everything logged is on disk. Called at every checkpoint."""
+        self._journal.sync()
+
+    def finish(self, status: Status) -> None:
+        """Close the journal and give the drainer a moment; say so if something is left undelivered. Only the first
+        call counts."""
+        if self._finished:
+            return
+        self._finished = True
+        self._journal.close(status)
+        if self._drainer is None:
+            return
+        try:
+            self._drainer.wait(self._grace + 1.0)
+        except subprocess.TimeoutExpired:
+            self._drainer.kill()
+            self._drainer.wait()
+        unsent = progress.count_unsent(self._run_dir)
+        if unsent:
+            note = progress.read(self._run_dir)
+            reason = f" ({note.error})" if note is not None and note.error else ""
+            log.warning(
+                "%d records have not reached MLflow%s; nothing is lost. To deliver them: pretrain track sync %s",
+                unsent,
+                reason,
+                self._run_dir,
+            )
+
+
+def _origin() -> dict[str, str]:
+    """Where this attempt comes from, as tags. `mlflow.source.*` are the names that MLflow's page shows."""
+    facts = code_facts()
+    tags = {**facts, "mlflow.source.name": "pretrain.train", "mlflow.source.type": "LOCAL"}
+    if "git_sha" in facts:
+        tags["mlflow.source.git.commit"] = facts["git_sha"]
+    for tag, variable in (("slurm_job_id", "SLURM_JOB_ID"), ("slurm_restart_count", "SLURM_RESTART_COUNT")):
+        if variable in os.environ:
+            tags[tag] = os.environ[variable]
+    return tags
+
+
+def _start_drainer(run_dir: Path, uri: str, grace: float) -> "subprocess.Popen[bytes]":
+    """In a session of its own, so that a Ctrl-C for the trainer does not reach it."""
+    log_path = run_dir / "logs" / "tracking.log"
+    command = [sys.executable, "-m", "pretrain.tracking.drain", str(run_dir.absolute()), "--uri", uri]
+    command += ["--parent", str(os.getpid()), "--grace", str(grace)]
+    try:
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        with log_path.open("ab") as output:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise RunDirError(f"cannot start the process that delivers to MLflow: {error}") from None
