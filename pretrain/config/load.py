@@ -1,8 +1,8 @@
 """YAML to `Config`, and every mistake in it at once, with file, line, key and what would be right.
 
 Differences from plain `yaml.safe_load`, all on the safe side: `1e-3` is a float; `012` and `1:30` are not numbers;
-a key given twice, an alias, and a file above 1 MB are errors. `yes`/`no`/`on`/`off` are booleans as in YAML 1.1, so
-that a string field given `no` can say what happened.
+a key given twice, an alias, a tag, and a file above 1 MB are errors. `yes`/`no`/`on`/`off` are booleans as in
+YAML 1.1, so that a string field given `no` can say what happened.
 """
 
 import difflib
@@ -30,24 +30,30 @@ class _Loader(yaml.SafeLoader):
     }
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent) or event.tag:
+            what = "aliases (*name)" if isinstance(event, yaml.AliasEvent) else f"tags ({event.tag})"
             raise yaml.MarkedYAMLError(
-                problem="aliases are not used in configs; write the value out", problem_mark=mark
+                problem=f"{what} are not used in configs; write the value out", problem_mark=event.start_mark
             )
         return super().compose_node(parent, index)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?((0|[1-9][0-9_]*)?\.[0-9_]*([eE][-+]?[0-9]+)?|(0|[1-9][0-9_]*)[eE][-+]?[0-9]+|\.(inf|nan))$"
-    ),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes every string that `_Loader` would read as something else."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789")
+    )
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(
+            r"^[-+]?((0|[1-9][0-9_]*)(\.[0-9_]*)?([eE][-+]?[0-9]+)?|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?|\.(inf|nan))$"
+        ),
+        list("-+.0123456789"),
+    )
 
 
 class _Located:
@@ -60,17 +66,15 @@ class _Located:
         self.problems: list[str] = []
 
     def read(self, text: str) -> Any:
-        loader = _Loader(text)
         try:
+            loader = _Loader(text)
             node = loader.get_single_node()
             return None if node is None else self._plain(loader, node, ())
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             raise ConfigError(f"{self.name}:{line}: not valid YAML: {error.problem}") from None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"{self.name}: not valid YAML: {error}") from None
-        finally:
-            loader.dispose()
 
     def _plain(self, loader: _Loader, node: yaml.Node, key: Key) -> Any:
         self.where.setdefault(key, f"{self.name}:{node.start_mark.line + 1}")
@@ -154,7 +158,7 @@ def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Config:
 def dump(config: Config) -> str:
     """The config as YAML that `parse` reads back to an equal object."""
     values = config.model_dump(mode="json", by_alias=True)
-    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=110)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110)
 
 
 def _explain(problem: Any, located: _Located) -> str:
@@ -177,10 +181,12 @@ def _explain(problem: Any, located: _Located) -> str:
                 + f"{_shown(problem['input'])} is not allowed; one of: {problem['ctx']['expected']}"
                 + _nearest(str(problem["input"]), re.findall(r"'([^']+)'", problem["ctx"]["expected"]))
             )
+        case "model_type" | "dict_type":
+            return where + f"is a section with keys, given {_shown(problem['input'])}"
         case "tuple_type":
             return where + f"needs a list such as [16, 16], given {_shown(problem['input'])}"
         case _:
-            message = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+            message = problem["msg"].removeprefix("Input should be ")
             return where + f"must be {message}, given {_shown(problem['input'])}"
 
 
