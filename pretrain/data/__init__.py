@@ -1,0 +1,8 @@
+"""Shards to batches. `open_dataset` and `facts` come before the plan, the loaders after it.
+
+`pretrain.data.loader` imports torch and is imported by its own name; the rest does not.
+"""
+
+from pretrain.data.dataset import Dataset, facts, open_dataset
+
+__all__ = ["Dataset", "facts", "open_dataset"]

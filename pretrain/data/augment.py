@@ -1,0 +1,110 @@
+"""From a decoded image to a view of the model's size. Sizes are (height, width), images Pillow's, uint8 throughout."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from pretrain.config import AugmentConfig
+from pretrain.draws import FloatArray, IntArray, Stream, split64, uniform
+
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+"""Pillow's filters widen with the scale: they antialias."""
+
+_TRIES = 10
+NUM_DRAWS = 4 * _TRIES + 1
+"""Area, shape, top and left for each try of a crop; then the flip."""
+
+
+class Box(NamedTuple):
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class TrainView:
+    """Random crop and flip, drawn by (seed, epoch, sample): the same on any rank, thread or restart."""
+
+    def __init__(self, config: AugmentConfig, size: tuple[int, int], interpolation: str, seed: int) -> None:
+        self._config, self._size, self._seed = config, size, seed
+        self._resample = RESAMPLING[interpolation]
+
+    def draws(self, epoch: IntArray, sample: IntArray) -> FloatArray:
+        """float64 [n, NUM_DRAWS] in [0, 1) for samples by epoch and number in the data set."""
+        low, high = split64(sample)
+        return uniform(self._seed, Stream.AUGMENT, NUM_DRAWS, low, high, epoch)
+
+    def apply(self, image: Image.Image, draws: FloatArray) -> Image.Image:
+        """One view of the size that was asked for; draws: float64 [NUM_DRAWS]."""
+        if self._config.crop == "random_resized":
+            box = random_resized_box(image.height, image.width, self._config.scale, self._config.ratio, draws)
+            image = crop(image, box)
+        image = resize(image, self._size, self._resample)
+        if self._config.hflip and draws[-1] < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image
+
+
+class EvalView:
+    """Resize so that a centre crop keeps `val_crop` of the side, and crop."""
+
+    def __init__(self, size: tuple[int, int], val_crop: float, interpolation: str) -> None:
+        self._size, self._val_crop = size, val_crop
+        self._resample = RESAMPLING[interpolation]
+
+    def draws(self, epoch: IntArray, sample: IntArray) -> FloatArray:
+        """Nothing is drawn: float64 [n, 0]."""
+        return np.empty((len(sample), 0))
+
+    def apply(self, image: Image.Image, draws: FloatArray) -> Image.Image:
+        covering = covering_size((image.height, image.width), self._size, self._val_crop)
+        return crop(resize(image, covering, self._resample), centre_box(covering, self._size))
+
+
+def random_resized_box(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], draws: FloatArray
+) -> Box:
+    """The crop of Szegedy et al. 2015 (arXiv 1409.4842, section 6) as torchvision's `RandomResizedCrop` defines it.
+
+    The area is uniform in `scale`, the logarithm of width / height uniform in `ratio`; after ten boxes that do not
+    fit, the largest central one of an allowed shape.
+    """
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    for area_draw, shape_draw, top_draw, left_draw in draws[: 4 * _TRIES].reshape(_TRIES, 4).tolist():
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * area_draw)
+        shape = math.exp(log_low + (log_high - log_low) * shape_draw)
+        box_width, box_height = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top = int(top_draw * (height - box_height + 1))
+            left = int(left_draw * (width - box_width + 1))
+            return Box(top, left, box_height, box_width)
+    box_height, box_width = height, width
+    if width / height < ratio[0]:
+        box_height = max(1, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        box_width = max(1, round(height * ratio[1]))
+    return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+
+
+def covering_size(image: tuple[int, int], size: tuple[int, int], keep: float) -> tuple[int, int]:
+    """The smallest size of the image's shape that covers size / keep (rounded down, as timm does)."""
+    height, width = math.floor(size[0] / keep), math.floor(size[1] / keep)
+    if height * image[1] >= width * image[0]:
+        return height, max(width, height * image[1] // image[0])
+    return max(height, width * image[0] // image[1]), width
+
+
+def centre_box(image: tuple[int, int], size: tuple[int, int]) -> Box:
+    """Rounds half to even, as torchvision's `CenterCrop` does."""
+    return Box(round((image[0] - size[0]) / 2), round((image[1] - size[1]) / 2), *size)
+
+
+def crop(image: Image.Image, box: Box) -> Image.Image:
+    return image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
+
+
+def resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    """To (height, width); the image as it is where it has that size."""
+    return image if (image.height, image.width) == size else image.resize((size[1], size[0]), resample)

@@ -1,0 +1,90 @@
+"""The index beside a shard, `X.tar.idx`: where each sample lies in the tar, and a checksum of its bytes.
+
+Little endian. A header of 64 bytes:
+
+    8s   magic            4s.. version (uint32), uint32 number of samples, uint64 bytes of the tar,
+    32s  sha256 of the tar, 4 bytes of zeros, uint32 crc32 of the 60 bytes before and of the table
+
+then 12 bytes a sample, in the order of the tar: uint32 offset of its first header in blocks of 512 bytes, uint32
+length in bytes of all its members with headers and padding, uint32 crc32 of those bytes.
+"""
+
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.errors import DataError
+
+MAGIC = b"VITSHIDX"
+VERSION = 1
+BLOCK = 512
+SUFFIX = ".idx"
+
+_HEADER = struct.Struct("<8sIIQ32s4xI")
+_BEFORE_CRC = _HEADER.size - 4
+ROW = np.dtype([("offset", "<u4"), ("length", "<u4"), ("crc32", "<u4")])
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """table: structured array [samples] of `ROW`; tar_bytes, tar_sha256 (hex): the tar that it was made from."""
+
+    table: npt.NDArray[np.void]
+    tar_bytes: int
+    tar_sha256: str
+
+    def to_bytes(self) -> bytes:
+        table = self.table.tobytes()
+        head = _HEADER.pack(
+            MAGIC, VERSION, len(self.table), self.tar_bytes, bytes.fromhex(self.tar_sha256), 0
+        )[:_BEFORE_CRC]
+        return head + struct.pack("<I", zlib.crc32(table, zlib.crc32(head))) + table
+
+
+def index_path(tar: Path) -> Path:
+    return tar.with_name(tar.name + SUFFIX)
+
+
+def remedy(folder: Path) -> str:
+    """What to do about a missing or wrong index or manifest."""
+    return f"Run `pretrain shards index {folder}`."
+
+
+def parse_index(data: bytes, path: Path) -> ShardIndex:
+    """Read an index; raises `DataError` where its bytes are not the ones that were written, or make no sense."""
+
+    def refuse(reason: str) -> DataError:
+        return DataError(f"{path}: {reason}\n  {remedy(path.parent)}")
+
+    if len(data) < _HEADER.size or not data.startswith(MAGIC):
+        raise refuse("not an index of a shard, or cut short")
+    _, version, count, tar_bytes, tar_sha256, crc = _HEADER.unpack_from(data)
+    if version != VERSION:
+        raise refuse(f"an index of version {version}; this program reads version {VERSION}")
+    if len(data) != _HEADER.size + count * ROW.itemsize:
+        raise refuse(f"{len(data)} bytes, but {count} samples need {_HEADER.size + count * ROW.itemsize}")
+    if zlib.crc32(memoryview(data)[_HEADER.size :], zlib.crc32(data[:_BEFORE_CRC])) != crc:
+        raise refuse("damaged: its checksum does not match")
+    table = np.frombuffer(data, ROW, offset=_HEADER.size)
+    if not _is_sound(table, tar_bytes):
+        raise refuse("its samples overlap or lie outside the tar")
+    return ShardIndex(table, tar_bytes, tar_sha256.hex())
+
+
+def _is_sound(table: npt.NDArray[Any], tar_bytes: int) -> bool:
+    start = table["offset"].astype(np.int64) * BLOCK
+    stop = start + table["length"]
+    return bool(
+        len(table) == 0
+        or (
+            (start[1:] >= stop[:-1]).all()
+            and stop[-1] <= tar_bytes
+            and (table["length"] > 0).all()
+            and (table["length"] % BLOCK == 0).all()
+        )
+    )

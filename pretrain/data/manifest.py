@@ -1,0 +1,102 @@
+"""The manifest of a folder of shards, `manifest.json`: all that everyone needs to know before a sample is read."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pretrain.data.index import remedy
+from pretrain.errors import DataError
+
+NAME = "manifest.json"
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Shard(_Strict):
+    """One tar: samples and bytes in it, sha256 of it and of its index."""
+
+    name: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*\.tar$")]
+    samples: Annotated[int, Field(ge=1)]
+    bytes: Annotated[int, Field(ge=1)]
+    sha256: Sha256
+    index_sha256: Sha256
+
+
+class Manifest(_Strict):
+    """min_label, max_label: the range found in the shards. digest: see `digest`."""
+
+    version: Literal[1] = 1
+    digest: Sha256
+    samples: int
+    bytes: int
+    min_label: Annotated[int, Field(ge=0)]
+    max_label: int
+    class_names: list[str] | None = None
+    shards: Annotated[list[Shard], Field(min_length=1)]
+
+    @classmethod
+    def of(cls, shards: list[Shard], labels: tuple[int, int], class_names: list[str] | None) -> Self:
+        """The manifest of shards whose labels lie in [labels[0], labels[1]]."""
+        return cls(
+            digest=digest(shards),
+            samples=sum(s.samples for s in shards),
+            bytes=sum(s.bytes for s in shards),
+            min_label=labels[0],
+            max_label=labels[1],
+            class_names=class_names,
+            shards=shards,
+        )
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        if len({shard.name for shard in self.shards}) != len(self.shards):
+            raise ValueError("it lists a shard twice")
+        if self.samples != sum(s.samples for s in self.shards) or self.bytes != sum(
+            s.bytes for s in self.shards
+        ):
+            raise ValueError("its totals are not the sums over its shards")
+        if self.digest != digest(self.shards):
+            raise ValueError("its digest does not match its shards: it was edited or damaged")
+        if self.max_label < self.min_label:
+            raise ValueError(f"max_label {self.max_label} is below min_label {self.min_label}")
+        return self
+
+
+def digest(shards: Iterable[Shard]) -> str:
+    """Identity of a list of shards: sha256 over name, samples and sha256 of each, in order.
+
+    It fixes the samples and their numbers. Paths and indexes do not enter: the same shards elsewhere are the same.
+    """
+    identity = hashlib.sha256(b"shards 1\n")
+    for shard in shards:
+        identity.update(f"{shard.name} {shard.samples} {shard.sha256}\n".encode())
+    return identity.hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `folder/manifest.json`; raises `DataError`."""
+    path = folder / NAME
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        what = "there is no such folder" if not folder.is_dir() else f"there is no {NAME} beside the shards"
+        raise DataError(f"{folder}: {what}\n  {_advice(folder)}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        reason = f"{where}: {first['msg']}" if where else first["msg"]
+        raise DataError(f"{path}: not a usable manifest: {reason}\n  {remedy(folder)}") from None
+
+
+def _advice(folder: Path) -> str:
+    if folder.is_dir():
+        return remedy(folder)
+    return "Check the path; `pretrain shards pack` makes shards from images."

@@ -1,0 +1,152 @@
+"""Samples from local shards: ranged reads, each checked against the checksum in the index before anything sees it.
+
+`LocalReader.read` is the whole interface between the order and the bytes: numbers in, samples out, from any thread.
+State: up to `MAX_OPEN` open shards (a descriptor and an index table each), and which blocks were announced to the
+system. The page cache holds the blocks; nothing else does.
+"""
+
+import hashlib
+import os
+import threading
+import zlib
+from collections import OrderedDict
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.data.dataset import Dataset
+from pretrain.data.index import BLOCK, ShardIndex, index_path, parse_index, remedy
+from pretrain.data.manifest import Shard
+from pretrain.data.tar import Sample, parse_sample
+from pretrain.draws import IntArray
+from pretrain.errors import DataError
+
+MAX_OPEN = 512
+"""Half of the usual limit of 1,024 descriptors a process."""
+_MAX_ANNOUNCED = 4096
+
+
+class LocalReader:
+    """Reads samples of a data set. Thread-safe; `close` gives the descriptors back."""
+
+    def __init__(self, dataset: Dataset, block_samples: int) -> None:
+        """block_samples: samples of one I/O block, counted from the start of a shard (see `data.order`)."""
+        self._dataset = dataset
+        self._block_samples = block_samples
+        self._lock = threading.Lock()
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._announced: OrderedDict[tuple[int, int], None] = OrderedDict()
+
+    def read(self, shards: IntArray, samples: IntArray) -> list[Sample]:
+        """Samples by (shard, number in the shard), in the order given. Neighbours in a shard are one read.
+
+        Raises `DataError` naming shard and sample where the bytes are not those that were indexed.
+        """
+        found: list[Sample] = []
+        follows = (shards[1:] == shards[:-1]) & (samples[1:] == samples[:-1] + 1)
+        edges = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(shards)]
+        for start, stop in pairwise(edges):
+            number, first = int(shards[start]), int(samples[start])
+            shard = self._shard(number)
+            self._announce(shard, number, first // self._block_samples)
+            found += shard.read(first, first + stop - start)
+        return found
+
+    def close(self) -> None:
+        with self._lock:
+            self._open.clear()
+
+    def _shard(self, number: int) -> "_OpenShard":
+        with self._lock:
+            shard = self._open.get(number)
+            if shard is not None:
+                self._open.move_to_end(number)
+                return shard
+        shard = _OpenShard(self._dataset.paths[number], self._dataset.shards[number])
+        with self._lock:
+            shard = self._open.setdefault(number, shard)  # another thread may have been first
+            if len(self._open) > MAX_OPEN:
+                self._open.popitem(last=False)
+            return shard
+
+    def _announce(self, shard: "_OpenShard", number: int, block: int) -> None:
+        """The first read in a block asks the system for all of it, as one range: its samples come shuffled."""
+        with self._lock:
+            if (number, block) in self._announced:
+                return
+            self._announced[number, block] = None
+            if len(self._announced) > _MAX_ANNOUNCED:
+                self._announced.popitem(last=False)
+        shard.announce(block * self._block_samples, (block + 1) * self._block_samples)
+
+
+class _OpenShard:
+    """A descriptor and its index. It closes with its last user, so that eviction needs no agreement of threads."""
+
+    def __init__(self, path: Path, stated: Shard) -> None:
+        self._path = path
+        self._index = _load_index(path, stated)
+        self._start = self._index.table["offset"].astype(np.int64) * BLOCK
+        self._length = self._index.table["length"].astype(np.int64)
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be opened: {error.strerror}") from None
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+    def announce(self, first: int, stop: int) -> None:
+        stop = min(stop, len(self._start))
+        begin = int(self._start[first])
+        end = int(self._start[stop - 1] + self._length[stop - 1])
+        os.posix_fadvise(self._fd, begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+    def read(self, first: int, stop: int) -> list[Sample]:
+        start = int(self._start[first])
+        length = int(self._start[stop - 1] + self._length[stop - 1]) - start
+        data = memoryview(self._pread(length, start))
+        samples = []
+        for number in range(first, stop):
+            begin = int(self._start[number]) - start
+            content = data[begin : begin + int(self._length[number])]
+            where = f"{self._path}, sample {number}"
+            if zlib.crc32(content) != int(self._index.table["crc32"][number]):
+                raise DataError(
+                    f"{where}: its bytes are not those that were indexed (checksum)\n"
+                    "  The file or the way to it is damaged. Bring the shard back from its source and start again;\n"
+                    f"  if it was changed on purpose: {remedy(self._path.parent)}"
+                )
+            samples.append(parse_sample(content, where))
+        return samples
+
+    def _pread(self, length: int, start: int) -> bytes:
+        """`length` bytes from `start`, in as many reads as the system takes."""
+        parts, missing = [], length
+        while missing:
+            try:
+                part = os.pread(self._fd, missing, start + length - missing)
+            except OSError as error:
+                raise DataError(f"{self._path}: reading failed: {error.strerror}") from None
+            if not part:
+                raise DataError(f"{self._path}: cut short: it ends before byte {start + length:,}")
+            parts.append(part)
+            missing -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _load_index(path: Path, stated: Shard) -> ShardIndex:
+    """The index of a shard, if it is the one that the manifest names and is of the tar that lies there."""
+    file = index_path(path)
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}\n  {remedy(path.parent)}") from None
+    index = parse_index(content, file)
+    if index.tar_sha256 != stated.sha256 or len(index.table) != stated.samples:
+        raise DataError(f"{file}: the index of another tar than {path.name}\n  {remedy(path.parent)}")
+    if hashlib.sha256(content).hexdigest() != stated.index_sha256:
+        raise DataError(f"{file}: not the index that the manifest names\n  {remedy(path.parent)}")
+    return index
