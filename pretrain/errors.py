@@ -37,3 +37,9 @@ class PeerError(UserError):
     """Another rank failed; this rank can only stop. The message names the culprit where it is known."""
 
     exit_code = 6
+
+
+class ExportError(UserError):
+    """A model cannot be written in the form that was asked for, or did not come back the same."""
+
+    exit_code = 8

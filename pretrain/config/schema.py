@@ -5,7 +5,7 @@ their unit in the key (`warmup_steps`, `total_epochs`); sizes are (height, width
 A key that is not here is an error, a value of another type is an error, and nothing is guessed.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -120,16 +120,20 @@ class ModelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_size(cls, values: object) -> object:
-        if not isinstance(values, dict) or values.get("size") not in SIZES:
+        if not isinstance(values, dict):
             return values
-        size = SIZES[values["size"]]._asdict()
+        # Behind a validator like this one pydantic takes JSON's arrays for lists, and strictly no tuple is a list.
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if settings.get("size") not in SIZES:
+            return settings
+        size = SIZES[settings["size"]]._asdict()
         for name, number in size.items():
-            given = values.get(name)
+            given = settings.get(name)
             if given is not None and given != number:
                 raise ValueError(
-                    f"size {values['size']} means {name} {number}, but {name} {given} is given; drop one"
+                    f"size {settings['size']} means {name} {number}, but {name} {given} is given; drop one"
                 )
-        return values | size
+        return settings | size
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

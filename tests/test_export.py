@@ -1,0 +1,255 @@
+"""An export is loaded by the library it is for and answers the same, or it is not there."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from pretrain.config import ModelConfig
+from pretrain.errors import CheckpointError, ExportError
+from pretrain.export import FORMATS
+from pretrain.export.native import load_export
+from pretrain.export.timm_folder import _mlp_ratio
+from pretrain.export.write import Exported, Preprocess, write_export
+from pretrain.model import build, parameter_shapes
+
+LINEAGE = {"run": "runs/a", "step": 7, "metrics": {"val/top1": 0.5}}
+
+
+def model(**changes: object) -> ModelConfig:
+    settings = {
+        "embed_dim": 24,
+        "depth": 2,
+        "num_heads": 2,
+        "mlp_dim": 31,
+        "img_size": (8, 12),
+        "patch_size": (4, 4),
+        "num_classes": 5,
+        "mean": (0.1, 0.2, 0.3),
+        "std": (0.4, 0.5, 0.6),
+    }
+    return ModelConfig.model_validate(settings | changes)
+
+
+def random_weights(config: ModelConfig) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(shape, generator=generator) / 4 for name, shape in parameter_shapes(config).items()
+    }
+
+
+def images(config: ModelConfig, count: int = 4) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    shape = (count, *config.img_size, config.in_chans)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def write(out: Path, form: str, config: ModelConfig | None = None, **options: object) -> Exported:
+    config = config or model()
+    options.setdefault("images", images(config))
+    return write_export(random_weights(config), config, LINEAGE, out, form, **options)
+
+
+VARIANTS = {
+    "token": {},
+    "cls without position": {"pos_embed_order": "pe_then_cls"},
+    "mean, one channel": {"global_pool": "avg", "in_chans": 1, "mean": (0.3,), "std": (0.2,)},
+    "attention pool, tanh": {"global_pool": "map", "act": "gelu_tanh", "mean": (0.5,), "std": (0.5,)},
+    "patches of 4x2": {"patch_size": (4, 2)},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("form", FORMATS)
+def test_loaded_again_it_answers_the_same(tmp_path: Path, form: str, variant: dict[str, object]) -> None:
+    config = model(**variant)
+    done = write(tmp_path / "out", form, config)
+    assert done.difference is not None
+    assert done.difference <= 1e-5
+    assert done.images == "4 images"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert sorted(path.name for path in done.path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_our_own_export_reloads_to_the_same_config_and_bits(tmp_path: Path) -> None:
+    config = model(global_pool="map", drop_path_rate=0.1, norm_eps=1e-5)
+    done = write(tmp_path / "out", "safetensors", config)
+    loaded, loaded_config = load_export(done.path)
+    assert loaded_config == config
+    for name, value in random_weights(config).items():
+        assert torch.equal(loaded.get_parameter(name), value)
+    assert torch.equal(loaded(images(config)), build(config, random_weights(config))(images(config)))
+    document = json.loads((done.path / "config.json").read_text())
+    assert document["input"]["mean"] == [0.1, 0.2, 0.3]
+    assert document["input"]["std"] == [0.4, 0.5, 0.6]
+    assert document["pretrain"]["lineage"] == LINEAGE
+
+
+def test_timm_s_own_transform_of_a_picture_gives_our_logits(tmp_path: Path) -> None:
+    """Whoever loads the folder and follows timm's recipe gets the model that was trained, from file to logits."""
+    config = model(img_size=(12, 12))
+    done = write(tmp_path / "out", "timm", config, preprocess=Preprocess(0.9, "bicubic"))
+    loaded = timm.create_model(f"local-dir:{done.path}", pretrained=True).eval()
+    data = resolve_model_data_config(loaded)
+    assert (data["crop_pct"], data["interpolation"]) == (0.9, "bicubic")
+    assert data["input_size"] == (3, 12, 12)
+    transform = create_transform(**data | {"crop_pct": 1.0})  # the picture has the model's size already
+    picture = images(config, 1)
+    pixels = transform(to_pil_image(picture[0].permute(2, 0, 1)))[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pixels), build(config, random_weights(config))(picture))
+
+
+def test_a_timm_folder_can_be_fine_tuned_at_another_size_and_head(tmp_path: Path) -> None:
+    done = write(tmp_path / "out", "timm")
+    larger = timm.create_model(f"local-dir:{done.path}", pretrained=True, img_size=(16, 16), num_classes=3)
+    assert larger(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
+    assert torch.equal(larger.blocks[1].mlp.fc1.bias, random_weights(model())["blocks.1.mlp.fc1.bias"])
+
+
+def test_every_mlp_width_survives_timm_s_ratio() -> None:
+    for width in (24, 192, 1152, 1408, 1664):
+        for mlp_dim in range(width, width + 200):
+            config = model(embed_dim=width, mlp_dim=mlp_dim)
+            assert int(width * _mlp_ratio(config)) == mlp_dim
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_export_that_answers_otherwise_is_not_kept(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is described with the other GELU than the weights are judged with."""
+    from pretrain.export import write as module
+
+    chosen = module._FORMATS[form]
+
+    def misdescribe(config: ModelConfig, *rest: object) -> dict[str, object]:
+        return chosen.describe(config.model_copy(update={"act": "gelu_tanh"}), *rest)
+
+    monkeypatch.setitem(module._FORMATS, form, chosen._replace(describe=misdescribe))
+    weights = {name: value * 8 for name, value in random_weights(model()).items()}
+    with pytest.raises(ExportError, match="answers otherwise: its logits differ by"):
+        write_export(weights, model(), LINEAGE, tmp_path / "out", form, images=images(model()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:
+    weights = random_weights(model())
+    weights["norm.weight"][0] = math.nan
+    with pytest.raises(ExportError, match="differ by nan"):
+        write_export(weights, model(), LINEAGE, tmp_path / "out", "safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_timm_cannot_express_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"norm_eps 1e-05.*use --format safetensors"):
+        write(tmp_path / "out", "timm", model(norm_eps=1e-5))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_timm_the_message_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ExportError, match=r"pip install 'timm.*--no-verify"):
+        write(tmp_path / "out", "timm")
+    assert list(tmp_path.iterdir()) == []
+    assert write(tmp_path / "out", "timm", verify=False).difference is None
+
+
+def test_an_earlier_export_is_replaced_and_nothing_else_is(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    write(out, "timm")
+    write(out, "safetensors", model(num_classes=6))
+    assert load_export(out)[1].num_classes == 6
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("x")
+    for target in (mine, mine / "thesis.tex"):
+        with pytest.raises(ExportError, match="exists and is not an export"):
+            write(target, "timm")
+    assert (mine / "thesis.tex").read_text() == "x"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_a_failed_export_leaves_the_earlier_one(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(out, "safetensors")
+    with pytest.raises(ExportError):
+        write(out, "timm", model(norm_eps=1e-5))
+    assert load_export(out)[1] == model()
+
+
+def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match=r"cannot write to .*file.*--out"):
+        write(tmp_path / "file" / "out", "timm")
+
+
+def damage_config(change: dict[str, object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+    return damage
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip_a_bit, "is damaged or was replaced"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "cannot be read"),
+        (lambda folder: (folder / "config.json").unlink(), "cannot be read"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot be read"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "is not from `pretrain export"),
+        (damage_config({"pretrain": {"version": 99}}), "has version 99; this release reads 1"),
+        (damage_config({"model": {}}), "does not hold the model that it describes"),
+        (damage_config({"model": model(depth=3).model_dump(mode="json")}), r"blocks\.2\.norm1"),
+    ],
+    ids=["bit", "no weights", "no config", "cut config", "foreign config", "version", "empty model", "depth"],
+)
+def test_a_damaged_export_is_named_and_not_loaded(
+    tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    done = write(tmp_path / "out", "safetensors")
+    damage(done.path)
+    with pytest.raises(CheckpointError, match=message):
+        load_export(done.path)
+
+
+def test_help_is_there_without_torch() -> None:
+    code = (
+        "import sys; from pretrain.export import export; "
+        "export.main(['--help'], standalone_mode=False); "
+        "assert not {'torch', 'pydantic', 'timm'} & set(sys.modules)"
+    )
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--format [safetensors|timm]" in done.stdout
+    assert time.monotonic() - start < 5
