@@ -15,7 +15,7 @@ and falls back to the newest checkpoint that verifies.
 
 from pretrain.checkpoint.layout import Manifest, checkpoints, read_manifest, resolve
 from pretrain.checkpoint.load import Slices, WeightsFile, newest_valid, open_weights
-from pretrain.checkpoint.save import Content, mark_best, save
+from pretrain.checkpoint.save import Content, mark_best, prune, save
 
 __all__ = [
     "Content",
@@ -26,6 +26,7 @@ __all__ = [
     "mark_best",
     "newest_valid",
     "open_weights",
+    "prune",
     "read_manifest",
     "resolve",
     "save",

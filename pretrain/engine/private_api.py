@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-import deepspeed.ops
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 
 class Piece(NamedTuple):
@@ -28,19 +26,20 @@ def forbid_cpu_builds() -> None:
 
     Touches: `deepspeed.ops.__compatible_ops__`. The op serves inference only; there is no public switch.
     """
+    import deepspeed.ops  # not at the top: DeepSpeed chooses its device when it is first imported
+
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def set_timeouts(engine: Any, timeout: timedelta) -> None:
     """Give DeepSpeed's process groups our timeout; it creates them with torch's default of half an hour.
 
-    Touches: `engine.data_parallel_group`, `engine.seq_data_parallel_group`, `optimizer.dp_process_group`,
-    `torch.distributed.distributed_c10d._set_pg_timeout`.
+    Touches: `engine.data_parallel_group`, `engine.seq_data_parallel_group`, `optimizer.dp_process_group`.
     """
     groups = {engine.data_parallel_group, engine.seq_data_parallel_group}
     groups.add(getattr(engine.optimizer, "dp_process_group", engine.data_parallel_group))
     for group in groups:
-        _set_pg_timeout(timeout, group)
+        torch.distributed.set_timeout(timeout, group)
 
 
 def pieces(engine: Any, parameter: Tensor) -> Iterator[Piece]:

@@ -1,0 +1,86 @@
+"""`pretrain evaluate`: the exact score of a run's checkpoint on a validation set."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pretrain import logs, world
+from pretrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint import WeightsFile
+    from pretrain.data import Dataset
+    from pretrain.distributed import Ranks
+    from pretrain.score import Scores
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--which",
+    type=click.Choice(["best", "last"]),
+    default="last",
+    show_default=True,
+    help="Checkpoint of RUN.",
+)
+@click.option("--shards", metavar="SOURCE", help="Shards to evaluate on; by default the config's data.val.")
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=256, show_default=True, help="Images of a forward pass."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
+def evaluate(run: Path, which: str, shards: str | None, batch: int, as_json: bool) -> None:
+    """Score a checkpoint on every image of a validation set, each once.
+
+    RUN is a run directory or a step_N folder of its checkpoints. Runs in one process, or in several under torchrun.
+    """
+    place = world.from_environment(os.environ)
+    if place.is_main:
+        logs.to_stderr()
+
+    from pretrain.checkpoint import open_weights
+    from pretrain.data import open_dataset
+    from pretrain.distributed import device_of, joined
+
+    source = open_weights(run, which)
+    if shards is None and source.config.data.val is None:
+        raise ConfigError(f"the config of {run} names no data.val; say what to evaluate on with --shards")
+    dataset = open_dataset(shards or source.config.data.val.shards)  # type: ignore[union-attr]
+    dataset.require_classes(source.model.num_classes)
+    with joined(place, device_of(place), source.config.engine.timeout_seconds) as ranks:
+        scores = _score(source, dataset, batch, ranks)
+    if place.is_main:
+        facts = {"checkpoint": str(source.path), "step": source.step, "digest": dataset.digest}
+        click.echo(json.dumps(scores.metrics() | facts) if as_json else f"step {source.step}: {scores}")
+
+
+def _score(source: "WeightsFile", dataset: "Dataset", batch: int, ranks: "Ranks") -> "Scores":
+    import torch
+    from tqdm import tqdm
+
+    from pretrain.batch import Batch
+    from pretrain.config import resolve
+    from pretrain.data import facts
+    from pretrain.data.loader import EvalLoader
+    from pretrain.hardware import detect
+    from pretrain.model import build
+    from pretrain.score import score
+
+    model = build(source.model, source.weights).to(ranks.device).eval()
+
+    @torch.inference_mode()
+    def forward(samples: Batch) -> torch.Tensor:
+        logits: torch.Tensor = model(samples.images.to(ranks.device))
+        return logits
+
+    config = source.config
+    batches = config.train.model_copy(update={"global_batch": batch * ranks.size, "micro_batch": batch})
+    data = config.data.model_copy(update={"lanes": None})
+    plan = resolve(
+        config.model_copy(update={"train": batches, "data": data}), ranks.size, facts(dataset, None), detect()
+    )
+    with EvalLoader(dataset, data, source.model, plan, rank=ranks.rank) as loader:
+        shown = tqdm(loader, desc="evaluating", unit="batch", disable=None if ranks.is_main else True)
+        return score(forward, shown, config, len(dataset), ranks)

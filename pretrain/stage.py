@@ -1,0 +1,210 @@
+"""One attempt at one stage, put together: data, plan, engine, first weights, tracking, loop, conclusion."""
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pretrain import run_dir
+from pretrain.checkpoint import Slices, newest_valid, open_weights
+from pretrain.config import Config, InitConfig, Plan, resolve
+from pretrain.config.resume import flatten
+from pretrain.data import Dataset, facts, open_dataset
+from pretrain.data.loader import EvalLoader, TrainLoader
+from pretrain.distributed import Ranks
+from pretrain.engine import Engine
+from pretrain.errors import CheckpointError, DataError
+from pretrain.hardware import detect
+from pretrain.logs import log
+from pretrain.metrics import Meter, peak_flops
+from pretrain.model import InitialWeights, forward_flops, num_parameters
+from pretrain.stop import StopFlag
+from pretrain.tracking import Tracker
+from pretrain.trainer import Outcome, Start, Trainer
+from pretrain.transfer import Row, Transfer, transfer
+
+TRAIN_FLOPS_FACTOR = 3
+"""A training step's matrix products as a multiple of the forward pass's: one forward, two backward."""
+
+
+@dataclass(frozen=True)
+class Data:
+    train: Dataset
+    val: Dataset | None
+
+
+def run_stage(config: Config, ranks: Ranks, directory: Path, log_file: Path, stop: StopFlag) -> Outcome:
+    """Start or resume the stage in `directory` and train it to its end or to a stop. All ranks."""
+    with ranks.together():
+        data = _open_data(config)
+    plan = resolve(config, ranks.size, facts(data.train, data.val), detect())
+    found = newest_valid(directory, ranks)
+    start = Start() if found is None else _start_at(found, plan, data.train)
+    with ExitStack() as stack:
+        tracker = None
+        with ranks.together():
+            if ranks.is_main:
+                tracker = _start_tracking(config, plan, data, start, directory)
+        if tracker is not None:
+            stack.push(lambda kind, *_: tracker.finish("FAILED" if kind else "KILLED"))
+            run_dir.write_config(directory, config, plan)
+            run_dir.write_status(directory, "running", start.step, attempt=tracker.attempt)
+            _announce(plan, config, start)
+        handed = None
+        if found is None and config.init is not None:
+            with ranks.together():
+                handed = _hand_off(config, config.init)
+        engine = Engine(config, plan, ranks, log_file)
+        if found is not None:
+            engine.restore(found.read, found.manifest.optimizer_steps)
+        else:
+            engine.write(handed.weights if handed else InitialWeights(config.model, config.run.seed))
+        if tracker is not None and handed is not None:
+            _show_hand_off(handed.as_table(), directory, tracker)
+        batches = stack.enter_context(
+            TrainLoader(data.train, config.data, config.model, plan, seed=config.run.seed, rank=ranks.rank)
+        )
+        validation = None
+        if data.val is not None:
+            loader = EvalLoader(data.val, config.data, config.model, plan, rank=ranks.rank)
+            validation = stack.enter_context(loader).__iter__
+        trainer = Trainer(
+            config=config,
+            plan=plan,
+            ranks=ranks,
+            engine=engine,
+            batches=batches,
+            validation=validation,
+            meter=_meter(config, plan, ranks, start),
+            run_dir=directory,
+            data_state=lambda step: _data_state(step, plan, config),
+            stop=stop,
+            start=start,
+            tracker=tracker,
+        )
+        outcome = trainer.run()
+        if tracker is not None:
+            _conclude(outcome, directory, tracker)
+    return outcome
+
+
+def _open_data(config: Config) -> Data:
+    """Open the data sets from their manifests and see that the labels fit the model."""
+    train = open_dataset(config.data.train.shards)
+    val = None if config.data.val is None else open_dataset(config.data.val.shards)
+    for dataset in (train, val):
+        if dataset is not None:
+            dataset.require_classes(config.model.num_classes)
+    return Data(train, val)
+
+
+def _start_at(found: Slices, plan: Plan, train: Dataset) -> Start:
+    """Where the checkpoint left off; refuses to go on with other data."""
+    before = found.manifest.data
+    if before["digest"] != train.digest:
+        raise DataError(
+            f"{found.folder} was trained on the data set {before['digest']}, but {train.source} is {train.digest}: "
+            "shards were added, removed or changed. Bring the data set back, or begin another run with init.from."
+        )
+    now = _order(plan)
+    if any(before[key] != value for key, value in now.items()):
+        raise CheckpointError(
+            f"{found.folder} has the sample order {before}, this config gives {now}; restore its values"
+        )
+    log.info("resuming at step %d from %s", found.manifest.step, found.folder)
+    return Start(found.manifest.step, found.manifest.progress)
+
+
+def _order(plan: Plan) -> dict[str, Any]:
+    return {
+        "global_batch": plan.global_batch,
+        "lanes": plan.lanes,
+        "block_samples": plan.block_samples,
+        "window_blocks": plan.window_blocks,
+    }
+
+
+def _data_state(step: int, plan: Plan, config: Config) -> Mapping[str, Any]:
+    """All that the sample order needs to go on: the same on every rank, a few hundred bytes."""
+    return {
+        "samples_seen": step * plan.global_batch,
+        "seed": config.run.seed,
+        "digest": plan.train_digest,
+    } | _order(plan)
+
+
+def _hand_off(config: Config, init: InitConfig) -> Transfer:
+    """The first weights of this stage, made of those that `init.from` names."""
+    source = open_weights(Path(init.source), init.which)
+    return transfer(source.weights, source.model, config.model, init, config.run.seed)
+
+
+def _meter(config: Config, plan: Plan, ranks: Ranks, start: Start) -> Meter:
+    flops = TRAIN_FLOPS_FACTOR * forward_flops(config.model)
+    return Meter(
+        plan, flops, peak_flops(ranks.device, plan.precision, plan.device_name), start.progress or {}
+    )
+
+
+def _start_tracking(config: Config, plan: Plan, data: Data, start: Start, directory: Path) -> Tracker:
+    params = flatten(config) | {f"plan.{name}": value for name, value in plan.as_dict().items()}
+    tags = {"stage": "finetune" if config.init else "pretrain", "run_dir": str(directory)}
+    if config.init is not None:
+        tags["init_from"] = config.init.source
+    tracker = Tracker.start(
+        directory, config.tracking, config.run,
+        params=params | {"parameters": num_parameters(config.model)}, tags=tags, from_step=start.step,
+    )  # fmt: skip
+    tracker.dataset("train", data.train.digest, data.train.source, "training")
+    if data.val is not None:
+        tracker.dataset("val", data.val.digest, data.val.source, "validation")
+    return tracker
+
+
+def _announce(plan: Plan, config: Config, start: Start) -> None:
+    table = Table(
+        "plan", f"{num_parameters(config.model):,} parameters, from step {start.step:,}", title=config.run.dir
+    )
+    for what, value in plan.table():
+        table.add_row(what, value)
+    Console(stderr=True).print(table)
+
+
+def _show_hand_off(report: list[Row], directory: Path, tracker: Tracker) -> None:
+    table = Table("weight", "what became of it", "how", title="hand-off")
+    for row in report:
+        table.add_row(*row)
+    Console(stderr=True).print(table)
+    (directory / run_dir.HANDOFF).write_text(json.dumps([row._asdict() for row in report], indent=1) + "\n")
+    tracker.artifact(Path(run_dir.HANDOFF))
+
+
+def _conclude(outcome: Outcome, directory: Path, tracker: Tracker) -> None:
+    """Rank 0: say how it ended, to people, to scripts and to MLflow."""
+    run_dir.write_status(
+        directory,
+        outcome.status,
+        outcome.step,
+        attempt=tracker.attempt,
+        first_scores=outcome.first_scores,
+        scores=outcome.scores,
+        best=outcome.best,
+    )
+    for name in (run_dir.CONFIG, run_dir.PLAN, run_dir.STATUS):
+        tracker.artifact(Path(name))
+    if outcome.status == "finished":
+        log.info(
+            "finished at step %d; next: pretrain evaluate %s, pretrain export %s",
+            outcome.step,
+            directory,
+            directory,
+        )
+        tracker.finish("FINISHED")
+    else:
+        log.info("stopped at step %d after a checkpoint; the same command goes on from there", outcome.step)
+        tracker.finish("KILLED")

@@ -1,0 +1,102 @@
+"""Train one stage: `python -m pretrain.train CONFIG [key.sub=value ...]`, under any launcher or none.
+
+The same command starts a run, resumes it, and fine-tunes: a stage is its config. All ranks run this file; rank 0
+speaks for all, also for a rank that failed alone. Exit codes: 0 finished; 75 stopped by a signal after a checkpoint;
+others as in `pretrain.errors`, on every rank.
+"""
+
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from pretrain import command, logs, run_dir, world
+from pretrain.config import Config, load
+from pretrain.errors import PeerError, UserError
+from pretrain.logs import log
+
+INTERRUPTED = 75
+"""EX_TEMPFAIL: an unfinished run must not look finished to `train && export`."""
+
+CULPRIT_SECONDS = 3.0
+"""How long a rank that lost another one looks for that one's own words."""
+
+_LOST_PEER = re.compile(r"gloo|nccl|connection (closed|reset)|timed? ?out|broken pipe", re.IGNORECASE)
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1)
+@click.option(
+    "--allow-change", multiple=True, metavar="KEY", help="Resume although this key of the config changed."
+)
+def train(config: Path, overrides: tuple[str, ...], allow_change: tuple[str, ...]) -> int:
+    """Train the stage that CONFIG describes, or go on with it where its run directory holds a part of it.
+
+    OVERRIDES are key.sub=value, for instance optim.lr=1e-3.
+    """
+    place = world.from_environment(os.environ)
+    if place.is_main:
+        logs.to_stderr()
+        return _train(place, config, overrides, allow_change)
+    try:
+        return _train(place, config, overrides, allow_change)
+    except UserError as error:
+        sys.exit(error.exit_code)
+
+
+def _train(place: world.World, path: Path, overrides: tuple[str, ...], allow_change: tuple[str, ...]) -> int:
+    """Check what needs no other rank, then train; a failure leaves its words in the run directory."""
+    config = load(path, overrides)
+    directory = Path(config.run.dir)
+    run_dir.check_writable(directory)
+    run_dir.check_resumable(directory, config, allow_change)
+    log_file = logs.to_rank_file(directory, place.rank)
+    run_dir.forget_failure(directory, place.rank)
+    try:
+        return _join_and_train(place, config, directory, log_file)
+    except PeerError:
+        raise
+    except (UserError, OSError) as error:
+        run_dir.record_failure(directory, place.rank, str(error))
+        raise error if isinstance(error, UserError) else UserError(str(error)) from error
+    except RuntimeError as error:
+        log.debug("failed", exc_info=True)
+        if place.size > 1 and _LOST_PEER.search(str(error)):
+            raise PeerError(_words_of_culprit(directory, place)) from error
+        run_dir.record_failure(directory, place.rank, f"{type(error).__name__}: {error}")
+        raise
+
+
+def _join_and_train(place: world.World, config: Config, directory: Path, log_file: Path) -> int:
+    # torch, DeepSpeed and their friends take seconds to import: not before the config is known to be right
+    from pretrain import stop
+    from pretrain.distributed import device_of, joined
+    from pretrain.stage import run_stage
+
+    with stop.on_signals() as flag, joined(place, device_of(place), config.engine.timeout_seconds) as ranks:
+        outcome = run_stage(config, ranks, directory, log_file, flag)
+        ranks.barrier()
+    return 0 if outcome.status == "finished" else INTERRUPTED
+
+
+def _words_of_culprit(directory: Path, place: world.World) -> str:
+    """What the rank that failed first wrote down, or where to look if it died without a word."""
+    deadline = time.monotonic() + CULPRIT_SECONDS
+    while time.monotonic() < deadline:
+        for rank in range(place.size):
+            words = run_dir.read_failure(directory, rank)
+            if words is not None:
+                return f"stopped because rank {rank} failed: {words}"
+        time.sleep(0.1)
+    return (
+        "stopped because another rank was lost: it was killed, or hung for longer than engine.timeout_seconds. "
+        f"See {directory}/logs/. The same command resumes from the last checkpoint."
+    )
+
+
+if __name__ == "__main__":
+    command.run(train, "python -m pretrain.train")

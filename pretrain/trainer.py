@@ -1,0 +1,234 @@
+"""The training loop of one stage: get a batch, step, say how it goes, evaluate, save, stop.
+
+Pretraining and fine-tuning are the same loop under another config. Everything that decides about a collective (log,
+evaluate, save, stop) is a function of the step or was agreed by all ranks.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from tqdm import tqdm
+
+from pretrain.batch import Batch
+from pretrain.checkpoint import Content, mark_best, prune, save
+from pretrain.config import Config, Plan
+from pretrain.distributed import Ranks, StepExchange, StepFacts
+from pretrain.engine import Engine
+from pretrain.score import Scores, score
+from pretrain.logs import log
+from pretrain.metrics import Meter
+from pretrain.optim import lr_at
+from pretrain.stop import StopFlag
+from pretrain.tracking import Tracker
+
+
+class TrainBatches(Protocol):
+    """What the trainer asks of a loader."""
+
+    wait_seconds: float
+    """Time spent waiting for data so far."""
+
+    def steps(self, first_step: int) -> Iterator[Sequence[Batch]]:
+        """For each step from `first_step` on, without end, the micro-batches of this rank."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the loop begins: after `step` updates, with what the checkpoint says of the way there."""
+
+    step: int = 0
+    progress: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the loop ended, after how many updates; scores on the validation set right after a hand-off, last, best."""
+
+    status: Literal["finished", "interrupted"]
+    step: int
+    first_scores: Mapping[str, float]
+    scores: Mapping[str, float]
+    best: Mapping[str, float]
+
+
+class Trainer:
+    """All ranks construct one and call `run`. `tracker` is rank 0's alone, `validation` gives this rank's batches."""
+
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        ranks: Ranks,
+        engine: Engine,
+        batches: TrainBatches,
+        validation: Callable[[], Iterable[Batch]] | None,
+        meter: Meter,
+        run_dir: Path,
+        data_state: Callable[[int], Mapping[str, Any]],
+        stop: StopFlag,
+        start: Start,
+        tracker: Tracker | None,
+    ) -> None:
+        self.config = config
+        self.plan = plan
+        self.ranks = ranks
+        self.engine = engine
+        self.batches = batches
+        self.validation = validation
+        self.meter = meter
+        self.run_dir = run_dir
+        self.data_state = data_state
+        self.stop = stop
+        self.tracker = tracker
+        self.step = start.step
+        progress = dict(start.progress or {})
+        self.skipped_steps = int(progress.get("skipped_steps", 0))
+        self.first_scores: dict[str, float] = dict(progress.get("first_scores", {}))
+        self.scores: dict[str, float] = dict(progress.get("scores", {}))
+        self.best: dict[str, float] = dict(progress.get("best", {}))
+        self._exchange = StepExchange(ranks)
+        self._waited = 0.0
+        self._stop_agreed = False
+
+    def run(self) -> Outcome:
+        """Train to the plan's last step, or until a signal asked to stop; either way the end is checkpointed."""
+        if self.step == 0 and self.config.init is not None and self.validation is not None:
+            self._evaluate()  # the hand-off's own score, before anything is learnt
+        saved_at = self.step
+        if self.step < self.plan.total_steps:
+            with self._progress_bar() as bar:
+                for micro_batches in self.batches.steps(self.step):
+                    self._train_step(micro_batches)
+                    bar.update()
+                    if self._is_due(self.plan.log_every_steps):
+                        self._log(bar)
+                    improved = self._is_due(self.plan.eval_every_steps) and self._evaluate()
+                    if improved or self._is_due(self.plan.save_every_steps) or self._stop_agreed:
+                        self._save(best=improved)
+                        saved_at = self.step
+                    if self._stop_agreed or self.step == self.plan.total_steps:
+                        break
+        finished = self.step >= self.plan.total_steps
+        if saved_at != self.step:
+            self._save(best=False)
+        return Outcome(
+            "finished" if finished else "interrupted", self.step, self.first_scores, self.scores, self.best
+        )
+
+    def _train_step(self, micro_batches: Sequence[Batch]) -> None:
+        lr = lr_at(self.step, self.plan)
+        output = self.engine.step(micro_batches, lr)
+        self.step += 1
+        self.skipped_steps += not output.applied
+        self._last_step = {"train/lr": lr, "train/grad_norm": output.grad_norm}
+        waited, self._waited = self.batches.wait_seconds - self._waited, self.batches.wait_seconds
+        facts = self._exchange.push(self.step, output.loss_sum, stop=bool(self.stop), wait_seconds=waited)
+        if facts is not None:
+            self._learn([facts])
+
+    def _learn(self, facts: Sequence[StepFacts]) -> None:
+        """Take in what all ranks now know of earlier steps."""
+        self.meter.add(facts)
+        self._stop_agreed = self._stop_agreed or any(fact.stops > 0 for fact in facts)
+
+    def _is_due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.plan.total_steps
+
+    def _log(self, bar: "tqdm[Any]") -> None:
+        self._learn(self._exchange.drain())
+        metrics = self.meter.record()
+        metrics |= {name: float(value) for name, value in self._last_step.items()}
+        metrics |= {
+            "train/epoch": self.step * self.plan.global_batch / self.plan.train_samples,
+            "train/samples": self.step * self.plan.global_batch,
+            "train/skipped_steps": self.skipped_steps,
+        }
+        self._track(metrics)
+        speed = metrics["perf/images_per_second"]
+        bar.set_postfix_str(f"loss {metrics['train/loss']:.4f}, {speed:.0f} images/s", refresh=False)
+        if bar.disable and self.ranks.is_main:
+            log.info(
+                "step %d/%d  loss %.4f  lr %.3g  %.0f images/s  waiting for data %.1f %%",
+                self.step, self.plan.total_steps, metrics["train/loss"], metrics["train/lr"], speed,
+                100 * metrics["perf/data_wait_share"],
+            )  # fmt: skip
+
+    def _evaluate(self) -> bool:
+        """Score the whole validation set; returns whether it is the best so far. Without one, False."""
+        if self.validation is None:
+            return False
+        with self._outside_of_speed():
+            self._learn(self._exchange.drain())
+            scores = self._score()
+        self.scores = scores.metrics()
+        self._track(self.scores)
+        if self.step == 0:
+            self.first_scores = self.scores
+        improved = self.step > 0 and self.scores["val/top1"] > self.best.get("val/top1", -1.0)
+        if improved:
+            self.best = self.scores | {"step": self.step}
+        if self.ranks.is_main:
+            log.info("step %d: %s%s", self.step, scores, " (best so far)" if improved else "")
+        return improved and self.config.checkpoint.keep_best
+
+    def _score(self) -> Scores:
+        assert self.validation is not None
+        return score(self.engine.forward, self.validation(), self.config, self.plan.val_samples, self.ranks)
+
+    def _save(self, *, best: bool) -> None:
+        with self._outside_of_speed():
+            self._learn(self._exchange.drain())
+            if self.tracker is not None:
+                self.tracker.sync()
+            began = time.perf_counter()
+            folder = save(self.run_dir, self._content(), self.ranks)
+            if self.ranks.is_main:
+                if best:
+                    mark_best(self.run_dir, folder)
+                prune(self.run_dir, self.config.checkpoint.keep)
+                log.debug("saved %s", folder)
+            self._track({"perf/save_seconds": time.perf_counter() - began})
+
+    def _content(self) -> Content:
+        return Content(
+            step=self.step,
+            config=self.config,
+            plan=self.plan,
+            data=self.data_state(self.step),
+            progress=self.meter.state()
+            | {
+                "skipped_steps": self.skipped_steps,
+                "first_scores": self.first_scores,
+                "scores": self.scores,
+                "best": self.best,
+            },
+            metrics=self.scores,
+            optimizer_steps=self.engine.steps_taken,
+            shapes=self.engine.shapes,
+            slices=self.engine.slices(),
+        )
+
+    def _track(self, metrics: Mapping[str, float]) -> None:
+        if self.tracker is not None:
+            self.tracker.metrics(self.step, metrics)
+
+    @contextmanager
+    def _outside_of_speed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.meter.exclude(time.perf_counter() - began)
+
+    def _progress_bar(self) -> "tqdm[Any]":
+        """A bar on rank 0's terminal; where stderr is a file, `_log` writes lines instead."""
+        return tqdm(
+            total=self.plan.total_steps,
+            initial=self.step,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            disable=None if self.ranks.is_main else True,
+        )
