@@ -9,20 +9,29 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
+import tiny
 import torch
+from click.testing import CliRunner
+from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from pretrain.checkpoint import Content, open_weights, save
 from pretrain.config import ModelConfig
+from pretrain.distributed import joined
 from pretrain.errors import CheckpointError, ExportError
-from pretrain.export import FORMATS
+from pretrain.export import FORMATS, export
+from pretrain.export.images import validation_images
 from pretrain.export.native import load_export
 from pretrain.export.timm_folder import _mlp_ratio
 from pretrain.export.write import Exported, Preprocess, write_export
 from pretrain.model import build, parameter_shapes
+from pretrain.shards import shards
+from pretrain.world import World
 
 LINEAGE = {"run": "runs/a", "step": 7, "metrics": {"val/top1": 0.5}}
 
@@ -253,3 +262,74 @@ def test_help_is_there_without_torch() -> None:
     assert done.returncode == 0, done.stderr
     assert "--format [safetensors|timm]" in done.stdout
     assert time.monotonic() - start < 5
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with one checkpoint of random weights, and the validation shards that its config names."""
+    folder = tmp_path_factory.mktemp("run")
+    generator = np.random.default_rng(0)
+    for label in range(5):
+        (folder / "images" / str(label)).mkdir(parents=True)
+        for number in range(4):
+            pixels = generator.integers(0, 256, (8, 12, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / str(label) / f"{number}.png")
+    arguments = [str(folder / "images"), str(folder / "data"), "--val-share", "0.5", "--shards", "1"]
+    packed = CliRunner().invoke(shards, ["pack", *arguments])
+    assert packed.exit_code == 0, packed.output
+    config = tiny.config(
+        run={"dir": str(folder)},
+        data={
+            "train": {"shards": str(folder / "data" / "train")},
+            "val": {"shards": str(folder / "data" / "val")},
+        },
+        model=model().model_dump(),
+    )
+    weights = random_weights(config.model)
+    content = Content(
+        step=7,
+        config=config,
+        plan=tiny.plan(config, 1),
+        data={},
+        progress={},
+        metrics={"val/top1": 0.5},
+        optimizer_steps=7,
+        shapes={name: tuple(value.shape) for name, value in weights.items()},
+        slices=[(name, 0, value.numel(), {"weight": value.flatten()}) for name, value in weights.items()],
+    )
+    with joined(World(0, 1, 0, "127.0.0.1", 0, "test"), torch.device("cpu"), 60) as ranks:
+        save(folder, content, ranks)
+    return folder
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_command_proves_an_export_on_the_run_s_own_images(run: Path, form: str) -> None:
+    done = CliRunner().invoke(export, [str(run), "--format", form], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert f"parameters of step 7 in {run}/export/{form}" in done.output
+    number_of_images = len(validation_images(open_weights(run).config))
+    assert 0 < number_of_images < 16
+    assert f"at most, on {number_of_images} images" in done.output
+    lineage = json.loads((run / "export" / form / "config.json").read_text())["pretrain"]["lineage"]
+    assert lineage["step"] == 7
+    assert lineage["metrics"] == {"val/top1": 0.5}
+
+
+def test_the_command_takes_a_step_folder_and_needs_no_images(run: Path, tmp_path: Path) -> None:
+    (run / "data" / "val").rename(run / "data" / "elsewhere")
+    try:
+        arguments = [str(run / "checkpoints" / "step_00000007")]
+        with pytest.raises(ExportError, match="say where to write with --out"):
+            CliRunner().invoke(export, arguments, catch_exceptions=False)
+        arguments += ["--out", str(tmp_path / "out")]
+        done = CliRunner().invoke(export, arguments, catch_exceptions=False)
+        assert "on noise (no validation images at hand)" in done.output
+        done = CliRunner().invoke(export, [*arguments, "--no-verify"], catch_exceptions=False)
+        assert "not verified" in done.output
+    finally:
+        (run / "data" / "elsewhere").rename(run / "data" / "val")
+
+
+def test_a_command_on_no_run_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="is not a run directory"):
+        CliRunner().invoke(export, [str(tmp_path)], catch_exceptions=False)
