@@ -70,8 +70,10 @@ def initial_value(name: str, shape: Shape, seed: int) -> Tensor:
         std = (value[0].numel() ** -0.5) / _TRUNCATED_STD
         nn.init.trunc_normal_(value, std=std, a=-2 * std, b=2 * std, generator=generator)
         return value
-    parts = {"qkv.weight": 3, "kv.weight": 2}.get(name.rpartition("attn.")[2].removeprefix("attn_pool."), 1)
-    return _xavier_uniform(value, shape[1], shape[0] // parts, generator)
+    maps = (
+        3 if name.endswith(".qkv.weight") else 2 if name.endswith(".kv.weight") else 1
+    )  # stacked in one matrix
+    return _xavier_uniform(value, shape[1], shape[0] // maps, generator)
 
 
 def _xavier_uniform(value: Tensor, fan_in: int, fan_out: int, generator: torch.Generator) -> Tensor:
