@@ -1,6 +1,7 @@
 """A journal becomes an MLflow run: read lines, send them, note how far it came."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from pretrain.tracking.records import Record
 from pretrain.tracking.store import Item, MlflowRun, RefusedError, RunLostError, UnreachableError
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
 MAX_BATCH, MIN_BATCH = 1000, 50
 
 
@@ -172,13 +173,14 @@ def deliver(
     grace: float,
     heard: Callable[[int], None] = lambda offset: None,
 ) -> bool:
-    """Deliver until `ends()` and all is delivered, or until `grace` seconds after it: True if all is delivered.
+    """Deliver until `ends()` says that no more will come and all is delivered, or until that has been so for `grace`
+    seconds without a success: True if all is delivered.
 
-    `heard` is called with the journal's offset after each request.
+    `heard` is called with the journal's offset after each success.
     """
-    wait, deadline = FIRST_WAIT, float("inf")
-    while True:
-        ending = deadline < float("inf")
+    wait, deadline = FIRST_WAIT, math.inf
+    while time.monotonic() < deadline:
+        ending = deadline < math.inf
         if not ending and ends():
             ending, deadline, wait = True, time.monotonic() + grace, FIRST_WAIT
         pause = POLL_SECONDS
@@ -186,6 +188,7 @@ def deliver(
             if drainer.advance():
                 heard(drainer.note.offset)
                 wait = FIRST_WAIT
+                deadline = time.monotonic() + grace if ending else math.inf
                 continue
             if ending:
                 drainer.close_abandoned()
@@ -194,8 +197,7 @@ def deliver(
             log.warning("MLflow does not answer, next try in %.1f s: %s", wait, error)
             drainer.note_error(error)
             pause, wait = wait, min(LONGEST_WAIT, 2 * wait)
-        pause_end = min(deadline, time.monotonic() + pause)
-        while time.monotonic() < pause_end and (ending or not ends()):
-            time.sleep(min(POLL_SECONDS, max(0.0, pause_end - time.monotonic())))
-        if time.monotonic() >= deadline:
-            return False
+        resume = min(deadline, time.monotonic() + pause)
+        while time.monotonic() < resume and (ending or not ends()):
+            time.sleep(min(POLL_SECONDS, max(0.0, resume - time.monotonic())))
+    return False

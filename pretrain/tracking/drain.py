@@ -6,6 +6,7 @@ for as long as the training lives, ends soon after the journal is closed or the 
 killed at any instruction. `pretrain track sync` does the same in the foreground.
 """
 
+import logging
 import os
 import signal
 import time
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import click
 
-from pretrain import logs
 from pretrain.tracking import progress, records
 from pretrain.tracking.journal import journal_path
 
@@ -39,7 +39,7 @@ def main(run_dir: Path, uri: str, parent: int, grace: float) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they mean the trainer, which may still have something to say
     os.nice(5)
-    logs.to_stderr()
+    logging.basicConfig(format="%(asctime)s %(levelname).1s %(message)s", level=logging.INFO)
 
     def ends() -> bool:
         return os.getppid() != parent or _is_closed(journal_path(run_dir))

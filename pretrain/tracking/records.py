@@ -41,7 +41,8 @@ _LARGEST = 1.7976931348623157e308
 
 def check_name(name: str) -> str:
     """A name that MLflow takes for a metric, parameter or tag, or `ValueError`."""
-    if not _NAME.fullmatch(name) or posixpath.normpath(name) != name or name.startswith(("/", "..")):
+    is_path = posixpath.normpath(name) == name and name != "." and not name.startswith(("/", ".."))
+    if not (_NAME.fullmatch(name) and is_path):
         raise ValueError(
             f"{name[:300]!r} is no name for a metric, parameter or tag: 1 to 240 ASCII letters, digits, _ - . : / or "
             "spaces, not starting with a slash, without empty or dotted parts"

@@ -8,6 +8,7 @@ import contextlib
 import getpass
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -137,7 +138,7 @@ class MlflowRun:
         runs = self._find(experiment, tag, value)
         if runs:
             return runs[0]
-        tags = {tag: value, "mlflow.user": getpass.getuser(), **tags}
+        tags = {tag: value, "mlflow.user": _user(), **tags}
         mine = str(self._client.create_run(experiment, start, tags, name).info.run_id)
         oldest = self._find(experiment, tag, value)[0]
         if oldest != mine:
@@ -210,6 +211,13 @@ def _artifact_location(experiment: str, uri: str) -> str | None:
 
 def _artifacts(database: Path) -> Path:
     return database.parent / "mlartifacts"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container without this user in its table
+        return str(os.getuid())
 
 
 def _code(error: Exception) -> str:

@@ -14,7 +14,10 @@ def resolve_uri(uri: str) -> str:
     A relative sqlite path is taken from the current directory. Raises `ConfigError` for a URI that carries a user
     or a password (they would land in logs and pages) and for stores that are not supported.
     """
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise ConfigError(f"tracking.uri is not a URI: {error}") from None
     if "@" in parts.netloc:
         raise ConfigError(
             f"tracking.uri holds a user or a password ({parts.scheme}://***@...): leave it out of the URI and set "

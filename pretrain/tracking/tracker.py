@@ -1,5 +1,6 @@
 """What the trainer talks to: the journal of this attempt, and the process that delivers it."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pretrain.tracking.journal import Journal
 from pretrain.tracking.records import Status
 from pretrain.tracking.target import resolve_uri, sqlite_path
 
-SERVER_GRACE_SECONDS = 10.0
+SERVER_GRACE_SECONDS = 8.0
 FILE_GRACE_SECONDS = 60.0
 """An embedded store answers for sure, but the first run has to create it."""
 
@@ -34,6 +35,7 @@ class Tracker:
         self._drainer = drainer
         self._grace = grace
         self._finished = False
+        self._troubled = False
 
     @classmethod
     def start(
@@ -91,33 +93,46 @@ class Tracker:
         self._journal.artifact(path)
 
     def sync(self) -> None:
-        """Return when everything logged is on disk. Called at every checkpoint."""
+        """Return when everything logged is on disk, and say if MLflow has been out of reach. Called at every
+        checkpoint."""
         self._journal.sync()
+        trouble = self._trouble()
+        if trouble and not self._troubled:
+            log.warning("metrics are not reaching MLflow (%s); they are kept and delivered later", trouble)
+        self._troubled = bool(trouble)
 
     def finish(self, status: Status) -> None:
-        """Close the journal and give the drainer a moment; say so if something is left undelivered. Only the first
-        call counts."""
+        """Close the journal and give the drainer some seconds; say so if something is left undelivered. Only the
+        first call counts."""
         if self._finished:
             return
         self._finished = True
         self._journal.close(status)
         if self._drainer is None:
             return
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._drainer.wait(self._grace + 1.0)
-        except subprocess.TimeoutExpired:
+        reason = self._trouble() or "no time left"
+        if self._drainer.poll() is None:
             self._drainer.kill()
             self._drainer.wait()
         unsent = progress.count_unsent(self._run_dir)
         if unsent:
-            note = progress.read(self._run_dir)
-            reason = f" ({note.error})" if note is not None and note.error else ""
             log.warning(
-                "%d records have not reached MLflow%s; nothing is lost. To deliver them: pretrain track sync %s",
+                "%d records have not reached MLflow (%s). Nothing is lost; to deliver them: pretrain track sync %s",
                 unsent,
                 reason,
                 self._run_dir,
             )
+
+    def _trouble(self) -> str | None:
+        """Why nothing is delivered at present, as far as one can see from here."""
+        if self._drainer is None:
+            return None
+        if self._drainer.poll():
+            return f"its process failed, see {self._run_dir / 'logs' / 'tracking.log'}"
+        note = progress.read(self._run_dir)
+        return None if note is None else note.error
 
 
 def _origin() -> dict[str, str]:
