@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -111,7 +112,10 @@ def _write_rank_file(folder: Path, content: Content, rank: int) -> _Receipt:
         for kind, tensor in kinds.items():
             tensors[layout.slice_key(kind, name, start, stop)] = tensor.detach().cpu().contiguous()
     path = folder / layout.rank_file(rank)
-    save_file(tensors, path)
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # how it reports a full disk
+        raise OSError(str(error)) from error
     with path.open("rb") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()

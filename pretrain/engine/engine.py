@@ -58,6 +58,8 @@ class Engine:
             self._engine, self._optimizer = self._build(log_file)
         private_api.set_timeouts(self._engine, timedelta(seconds=config.engine.timeout_seconds))
         self._held = fragments.held(self._engine)
+        self.steps_taken = 0
+        """Updates made so far, over all attempts; skipped steps are none."""
 
     def _build(self, log_file: Path) -> tuple[Any, torch.optim.Optimizer]:
         import deepspeed
@@ -102,8 +104,11 @@ class Engine:
             self._engine.step()
         if self.plan.zero_stage > 0:
             norm = self._engine.get_global_grad_norm()
-            return StepOutput(loss_sum, norm, not self._engine.optimizer.overflow)
-        return StepOutput(loss_sum, norm, bool(torch.isfinite(norm)))
+            applied = not self._engine.optimizer.overflow
+        else:
+            applied = bool(torch.isfinite(norm))
+        self.steps_taken += applied
+        return StepOutput(loss_sum, norm, applied)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [b, K] without gradients or drop path. At stage 3 it gathers weights: all ranks call it equally often."""
@@ -130,6 +135,7 @@ class Engine:
     def restore(self, read: Reader, steps: int) -> None:
         """Set masters and optimizer state from `read(kind, name, start, stop)`; `steps` updates were made before."""
         name = self.config.optim.name
+        self.steps_taken = steps
         if steps > 0:
             fragments.make_states(self._optimizer, self._held, name, steps)
         for part in self._held:
@@ -149,11 +155,6 @@ class Engine:
                 stored = state.get(kind)
                 kinds[kind] = torch.zeros_like(kinds["weight"]) if stored is None else part.of(stored)
             yield part.name, part.start, part.stop, kinds
-
-    @property
-    def steps_taken(self) -> int:
-        """Updates made so far, over all attempts; skipped steps are none."""
-        return fragments.steps_taken(self._optimizer)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -75,8 +75,3 @@ def make_states(
         if name == "adamw":
             state["step"] = torch.tensor(float(steps), device=flat.device if fused else "cpu")
         optimizer.state[flat] = state
-
-
-def steps_taken(optimizer: torch.optim.Optimizer) -> int:
-    """Updates that the inner optimizer has made (skipped steps are none); 0 where it counts none."""
-    return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)

@@ -11,6 +11,48 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+TOUCHED: dict[str, tuple[str, ...]] = {
+    "engine": (
+        "data_parallel_group",
+        "seq_data_parallel_group",
+        "optimizer",
+        "module",
+        "zero_optimization_stage",
+        "get_global_grad_norm",
+    ),
+    "optimizer, stages 1 and 2": ("update_lp_params", "dp_process_group", "overflow"),
+    "parameter, stages 1 and 2": ("_hp_mapping",),
+    "optimizer, stage 3": (
+        "get_param_id",
+        "grad_position",
+        "fp32_partitioned_groups_flat",
+        "persistent_parameters",
+        "_partition_all_parameters",
+        "_reassign_or_swap_out_partitioned_parameters",
+        "dp_process_group",
+        "overflow",
+    ),
+    "parameter, stage 3": ("ds_numel", "ds_shape", "all_gather"),
+}
+"""Names by the object that has them; besides these, `deepspeed.ops.__compatible_ops__` and what `pieces` says."""
+
+
+def missing(engine: Any) -> list[str]:
+    """Names of `TOUCHED` that this engine, its optimizer or its parameters do not have."""
+    stages = {0: None, 1: "stages 1 and 2", 2: "stages 1 and 2", 3: "stage 3"}[
+        engine.zero_optimization_stage()
+    ]
+    objects = {"engine": [engine]}
+    if stages:
+        objects[f"optimizer, {stages}"] = [engine.optimizer]
+        objects[f"parameter, {stages}"] = list(engine.module.parameters())
+    return [
+        f"{kind}: {name}"
+        for kind, holders in objects.items()
+        for name in TOUCHED[kind]
+        if not all(hasattr(holder, name) for holder in holders)
+    ]
+
 
 class Piece(NamedTuple):
     """Elements [start, stop) of a flattened parameter live in `flat` from `offset` on."""
