@@ -7,6 +7,7 @@ killed at any instruction. `pretrain track sync` does the same in the foreground
 """
 
 import logging
+import math
 import os
 import signal
 import time
@@ -17,7 +18,7 @@ import click
 from pretrain.tracking import progress, records
 from pretrain.tracking.journal import journal_path
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.2
 
 CLIENT_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the retries are ours
@@ -45,8 +46,11 @@ def main(run_dir: Path, uri: str, parent: int, grace: float) -> None:
         return os.getppid() != parent or _is_closed(journal_path(run_dir))
 
     lock = progress.drain_lock(run_dir)
+    deadline = math.inf
     while not lock.acquire():  # the drainer of an earlier attempt is in its grace
         if ends():
+            deadline = min(deadline, time.monotonic() + grace)
+        if time.monotonic() > deadline:
             return
         time.sleep(POLL_SECONDS)
 

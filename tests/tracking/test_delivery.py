@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from mlflow import MlflowClient
 from mlflow_server import Stored
 
@@ -207,15 +206,14 @@ def test_planted_secrets_are_nowhere(tmp_path, database):
         assert canary.encode() not in path.read_bytes().lower(), path
 
 
-def test_sync_delivers_what_is_left(write, database):
-    run_dir = write(range(1, 30), uri=f"sqlite:///{database}")
-    done = sync(run_dir)
+def test_sync_from_the_start_delivers_all_of_a_run_and_doubles_nothing(write, database):
+    run_dir = write(range(1, 30), uri=f"sqlite:///{database}", status=None)
+    drain(run_dir, database)
+    write(range(30, 40), from_step=29, uri=f"sqlite:///{database}")
+    done = sync(run_dir, "--from-start")
     assert done.returncode == 0, done.stderr
     assert "everything is in MLflow" in done.stdout
-    assert [step for step, _ in Stored(database, run_dir).points("train/loss")] == list(range(1, 30))
-    again = sync(run_dir, "--from-start")
-    assert again.returncode == 0, again.stderr
-    assert len(Stored(database, run_dir).points("train/loss")) == 29
+    assert [step for step, _ in Stored(database, run_dir).points("train/loss")] == list(range(1, 40))
 
 
 def test_sync_says_what_is_wrong(write, tmp_path):

@@ -168,9 +168,9 @@ def _fill_limited_disk(run_dir: Path) -> None:
     writer = open_journal(run_dir)
     size = (run_dir / "metrics.jsonl").stat().st_size
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 150, size + 150))
-    with pytest.raises(RunDirError, match="metrics.jsonl"):
-        for step in range(10):
-            writer.metrics(step, {"loss": 1.0})
+    writer.metrics(1, {"loss": 1.0})
+    with pytest.raises(RunDirError, match=r"metrics\.jsonl"):
+        writer.metrics(2, {"loss": 1.0})
 
 
 def test_a_full_disk_is_named_and_leaves_whole_lines(tmp_path):
