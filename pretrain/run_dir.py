@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pretrain.checkpoint.layout import replace_file
+from pretrain.checkpoint.layout import checkpoints, replace_file
 from pretrain.config import Config, Plan, dump, load
 from pretrain.config.resume import changed_keys
 from pretrain.errors import ConfigError, RunDirError
@@ -59,8 +59,8 @@ def check_resumable(run_dir: Path, config: Config, allowed: Sequence[str]) -> No
 
     allowed: keys that the user says may change, besides those that always may (`pretrain.config.resume`).
     """
-    if not (run_dir / CONFIG).is_file():
-        return
+    if not checkpoints(run_dir) or not (run_dir / CONFIG).is_file():
+        return  # nothing was learnt here yet
     changes = changed_keys(load(run_dir / CONFIG), config)
     refused = [
         c for c in changes if _under(c.partition(":")[0], FIXED) or not _under(c.partition(":")[0], allowed)

@@ -2,18 +2,22 @@
 
 import multiprocessing
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from pretrain import command
 from pretrain.distributed import Ranks, joined
 from pretrain.distributed import _free_port as free_port
+from pretrain.train import train
 from pretrain.world import World
 
-_PRELOAD = ["deepspeed", "pretrain.engine.engine", "pretrain.checkpoint"]
+_PRELOAD = ["deepspeed", "pretrain.engine.engine", "pretrain.stage"]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOAD)
 
@@ -82,4 +86,37 @@ def _run(
     end.close()
 
 
-__all__ = ["RankError", "Ranks", "free_port", "on_ranks"]
+def launch(world_size: int, output: Path, *arguments: str, timeout: float = 120) -> list[tuple[int, str]]:
+    """`python -m pretrain.train *arguments` as a launcher starts it, on every rank: (exit code, what it said)."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    port = free_port()
+    processes = []
+    for rank in range(world_size):
+        path = output / f"rank_{rank}.txt"
+        process = _context.Process(
+            target=_command, args=(path, rank, world_size, port, arguments), daemon=True
+        )
+        process.start()
+        processes.append((process, path))
+    ends = []
+    for process, path in processes:
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise RankError(f"a rank was left hanging: {arguments}; it said:\n{path.read_text()}")
+        ends.append((process.exitcode or 0, path.read_text()))
+    return ends
+
+
+def _command(path: Path, rank: int, world_size: int, port: int, arguments: tuple[str, ...]) -> None:
+    torch.set_num_threads(1)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = ["pretrain.train", *arguments]
+    World(rank, world_size, rank, "127.0.0.1", port, "test").export(os.environ)
+    command.run(train, "python -m pretrain.train")
+
+
+__all__ = ["RankError", "Ranks", "free_port", "launch", "on_ranks"]

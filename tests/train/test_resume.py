@@ -1,0 +1,169 @@
+"""A run that was stopped, killed or moved is the run that was not."""
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from ranks import RankError, Ranks, on_ranks
+
+from pretrain.checkpoint import open_weights, read_manifest
+from pretrain.config import Config
+from pretrain.stage import run_stage
+from pretrain.stop import StopFlag
+
+TOTAL = 12
+
+
+def config(
+    run: Path, shards: Path, stage: int = 1, precision: str = "fp32", **sections: dict[str, Any]
+) -> Config:
+    base: dict[str, dict[str, Any]] = {
+        "run": {"dir": str(run)},
+        "data": {
+            "train": {"shards": str(shards / "train")},
+            "val": {"shards": str(shards / "val")},
+            "decode_threads": 1,
+        },
+        "model": {"in_chans": 1, "num_classes": 10, "drop_path_rate": 0.2},
+        "train": {
+            "global_batch": 22, "micro_batch": 6, "total_steps": TOTAL, "log_every_steps": 5, "eval_every_steps": 6,
+        },
+        "engine": {"zero_stage": stage, "precision": precision},
+        "tracking": {"uri": None},
+    }  # fmt: skip
+    for name, values in sections.items():
+        base[name] = base.get(name, {}) | values
+    return tiny.config(**base)
+
+
+class StopAfter(StopFlag):
+    """A signal that comes while step `step` is computed."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.asked, self.step = 0, step
+
+    def __bool__(self) -> bool:
+        self.asked += 1
+        return self.asked >= self.step
+
+
+def train(ranks: Ranks, cfg: Config, stop_after: int = 10**9) -> tuple[str, int]:
+    run = Path(cfg.run.dir)
+    (run / "logs").mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(os.getpid())  # no result may hang on a generator's state, which a restart would lose
+    # Only one rank hears the signal: the others must learn of it.
+    flag = StopAfter(stop_after) if ranks.rank == ranks.size - 1 else StopFlag()
+    outcome = run_stage(cfg, ranks, run, run / "logs" / f"rank_{ranks.rank}.log", flag)
+    return outcome.status, outcome.step
+
+
+def many(ranks: Ranks, jobs: list[tuple[Config, int]]) -> list[tuple[str, int]]:
+    return [train(ranks, cfg, stop_after) for cfg, stop_after in jobs]
+
+
+def final(run: Path) -> dict[str, torch.Tensor]:
+    opened = open_weights(run)
+    assert opened.step == TOTAL
+    return {name: opened.weights[name] for name in opened.weights}
+
+
+def journal(run: Path) -> dict[tuple[str, int], float]:
+    """(metric, step) -> the value that counts; what the clock decides is left out."""
+    values = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["op"] == "metrics":
+            for name, value in record["values"].items():
+                if not name.startswith("perf/"):
+                    values[name, record["step"]] = value
+    return values
+
+
+CASES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
+
+
+def test_resume_equals_uninterrupted_bit_for_bit(digits: Path, tmp_path: Path) -> None:
+    chance = random.Random(2)
+    golden = [(config(tmp_path / f"golden-{s}-{p}", digits, s, p), 10**9) for s, p in CASES]
+    stopped = [
+        (config(tmp_path / f"stopped-{s}-{p}", digits, s, p), chance.randrange(1, TOTAL - 2))
+        for s, p in CASES
+    ]
+    on_ranks(2, many, golden)
+    ends = on_ranks(2, many, stopped)
+    assert ends[0] == ends[1]
+    assert all(status == "interrupted" and step < TOTAL for status, step in ends[0])
+    assert on_ranks(2, many, [(cfg, 10**9) for cfg, _ in stopped])[0] == [("finished", TOTAL)] * len(CASES)
+    for (whole, _), (parts, _) in zip(golden, stopped, strict=True):
+        expected, got = final(Path(whole.run.dir)), final(Path(parts.run.dir))
+        for name, value in expected.items():
+            assert torch.equal(got[name], value), (parts.run.dir, name)
+        assert journal(Path(parts.run.dir)) == journal(Path(whole.run.dir))
+        manifests = [read_manifest(open_weights(Path(c.run.dir)).path) for c in (whole, parts)]
+        assert manifests[0].data == manifests[1].data
+        assert manifests[0].files == manifests[1].files  # moments too: the same bytes
+
+
+def test_fewer_or_more_ranks_go_on_with_the_same_samples_and_losses(digits: Path, tmp_path: Path) -> None:
+    golden = config(tmp_path / "golden", digits)
+    on_ranks(2, train, golden)
+    moved = config(tmp_path / "moved", digits, stage=3)
+    for world, stop_after, stage in ((2, 3, 3), (1, 2, 1), (3, 10**9, 2)):
+        cfg = moved.model_copy(update={"engine": moved.engine.model_copy(update={"zero_stage": stage})})
+        on_ranks(world, train, cfg, stop_after)
+    expected, got = journal(Path(golden.run.dir)), journal(Path(moved.run.dir))
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        assert got[key] == pytest.approx(value, abs=1e-5), key
+
+
+def killed(ranks: Ranks, cfg: Config, step: int) -> None:
+    """Rank 0 dies with a signal that nothing can catch while it computes `step`."""
+    from pretrain.trainer import Trainer
+
+    go_on = Trainer._train_step
+
+    def die_at(self: Trainer, micro_batches: Any) -> None:
+        if self.step == step and ranks.rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        go_on(self, micro_batches)
+
+    Trainer._train_step = die_at  # type: ignore[method-assign]
+    train(ranks, cfg)
+
+
+def test_a_killed_run_ends_with_the_same_weights_and_metrics(digits: Path, tmp_path: Path) -> None:
+    sections: dict[str, dict[str, Any]] = {"checkpoint": {"every_steps": 4}}
+    golden, victim = (config(tmp_path / name, digits, **sections) for name in ("golden", "victim"))
+    on_ranks(2, train, golden)
+    with pytest.raises(RankError):
+        on_ranks(2, killed, victim, 10)
+    with (tmp_path / "victim" / "metrics.jsonl").open("a") as file:
+        file.write('{"op": "metrics", "step": 10, "val')  # a line that the kill cut short
+    on_ranks(2, train, victim)
+    expected = final(tmp_path / "golden")
+    assert all(torch.equal(value, expected[name]) for name, value in final(tmp_path / "victim").items())
+    assert journal(tmp_path / "victim") == journal(tmp_path / "golden")
+
+
+def test_another_data_set_is_refused_with_both_digests(digits: Path, tmp_path: Path) -> None:
+    cfg = config(tmp_path / "run", digits)
+    on_ranks(1, train, cfg, 3)
+    other = cfg.model_copy(update={"data": cfg.data.model_copy(update={"train": cfg.data.val})})
+    with pytest.raises(RankError, match=r"was trained on the data set [0-9a-f]{64}.* is [0-9a-f]{64}"):
+        on_ranks(1, train, other)
+
+
+def test_a_finished_run_started_again_changes_nothing(digits: Path, tmp_path: Path) -> None:
+    cfg = config(tmp_path / "run", digits)
+    on_ranks(1, train, cfg)
+    before = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert on_ranks(1, train, cfg) == [("finished", TOTAL)]
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == before
