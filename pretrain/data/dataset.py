@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.config.plan import DataFacts
-from pretrain.data.index import index_path, remedy
+from pretrain.data.index import SUFFIX, remedy
 from pretrain.data.manifest import NAME, Manifest, Shard, digest, read_manifest
 from pretrain.draws import IntArray
 from pretrain.errors import DataError
@@ -23,7 +24,7 @@ class Dataset:
     """paths: where each shard lies; shards: what the manifest says of it; labels: lowest and highest."""
 
     source: str
-    paths: tuple[Path, ...]
+    paths: tuple[str, ...]
     shards: tuple[Shard, ...]
     labels: tuple[int, int]
     class_names: tuple[str, ...] | None
@@ -71,20 +72,20 @@ def open_dataset(source: str) -> Dataset:
     indexes that are missing, and for tars of another size than the manifest says.
     """
     _refuse_remote(source)
-    folder = Path(source)
-    if folder.is_dir() or not source.strip().endswith(".tar"):
-        manifests = {folder: read_manifest(folder)}
-        paths = tuple(folder / shard.name for shard in manifests[folder].shards)
+    if Path(source).is_dir() or not source.strip().endswith(".tar"):
+        manifests = {source: read_manifest(Path(source))}
+        shards = manifests[source].shards
+        folder = str(Path(source))
+        paths = [f"{folder}/{shard.name}" for shard in shards]
     else:
         paths = _expand(source)
-        manifests = {folder: read_manifest(folder) for folder in dict.fromkeys(p.parent for p in paths)}
-    listed = {f / shard.name: shard for f, manifest in manifests.items() for shard in manifest.shards}
-    _refuse_unlisted([path for path in paths if path not in listed])
-    _check_files(paths, listed)
+        manifests = {f: read_manifest(Path(f)) for f in dict.fromkeys(map(_folder, paths))}
+        shards = _listed(paths, manifests)
+    _check_files(paths, shards)
     return Dataset(
         source,
-        paths,
-        tuple(listed[path] for path in paths),
+        tuple(paths),
+        tuple(shards),
         (min(m.min_label for m in manifests.values()), max(m.max_label for m in manifests.values())),
         _class_names(list(manifests.values())),
     )
@@ -113,7 +114,7 @@ def _refuse_remote(pattern: str) -> None:
             )
 
 
-def _expand(pattern: str) -> tuple[Path, ...]:
+def _expand(pattern: str) -> list[str]:
     """A brace pattern (several joined by `::`) as paths, by webdataset's own expander."""
     from webdataset.shardlists import expand_urls  # imports torch; a folder does without
 
@@ -123,47 +124,49 @@ def _expand(pattern: str) -> tuple[Path, ...]:
         raise DataError(f"{pattern!r}: not a pattern of braces: {error}") from None
     for name in names:
         _refuse_remote(name)
-    paths = tuple(Path(name) for name in names)
-    if len(set(paths)) != len(paths):
-        twice = next(path for i, path in enumerate(paths) if path in paths[:i])
-        raise DataError(f"{pattern!r} names {twice} twice; an epoch holds every sample once. List it once.")
+    paths = [str(Path(name)) for name in names]
+    twice = [path for path, count in Counter(paths).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{pattern!r} names {_some(twice)} twice; an epoch holds every sample once. List it once."
+        )
     return paths
 
 
-def _refuse_unlisted(paths: list[Path]) -> None:
-    if paths:
-        raise DataError(
-            f"{_some(paths)}: not in the {NAME} beside {'it' if len(paths) == 1 else 'them'}\n"
-            f"  Check the pattern, or, where shards were added: {remedy(paths[0].parent)}"
-        )
-
-
-def _check_files(paths: tuple[Path, ...], listed: dict[Path, Shard]) -> None:
-    """One listing of each folder; one `stat` a shard."""
-    present = {
-        Path(folder) / entry.name: entry
-        for folder in dict.fromkeys(path.parent for path in paths)
-        for entry in os.scandir(folder)
-        if entry.is_file()
+def _listed(paths: list[str], manifests: dict[str, Manifest]) -> list[Shard]:
+    """What the manifests say of each path."""
+    known = {
+        folder: {shard.name: shard for shard in manifest.shards} for folder, manifest in manifests.items()
     }
-    missing = [path for path in paths if path not in present]
-    if missing:
+    unlisted = [path for path in paths if _name(path) not in known[_folder(path)]]
+    if unlisted:
         raise DataError(
-            f"{len(missing)} of {len(paths)} shards are missing: {_some(missing)}\n"
-            f"  Bring them back; or, to go on without them: {remedy(missing[0].parent)}"
+            f"{_some(unlisted)}: not in the {NAME} beside {'it' if len(unlisted) == 1 else 'them'}\n"
+            f"  Check the pattern, or, where shards were added: {remedy(_folder(unlisted[0]))}"
         )
-    unindexed = [index_path(path) for path in paths if index_path(path) not in present]
-    if unindexed:
-        raise DataError(
-            f"{len(unindexed)} of {len(paths)} indexes are missing: {_some(unindexed)}\n"
-            f"  {remedy(unindexed[0].parent)}"
-        )
-    for path in paths:
-        size = present[path].stat().st_size
-        if size != listed[path].bytes:
+    return [known[_folder(path)][_name(path)] for path in paths]
+
+
+def _check_files(paths: list[str], shards: list[Shard]) -> None:
+    """One listing of each folder; one `stat` a shard."""
+    folders = dict.fromkeys(map(_folder, paths))
+    present = {folder: {entry.name for entry in os.scandir(folder)} for folder in folders}
+    for what, suffix in (("shards", ""), ("indexes", SUFFIX)):
+        missing = [path + suffix for path in paths if _name(path) + suffix not in present[_folder(path)]]
+        if missing:
             raise DataError(
-                f"{path}: {size:,} bytes, but its manifest says {listed[path].bytes:,}: cut short, or replaced\n"
-                f"  Bring the file back; or, if it was changed on purpose: {remedy(path.parent)}"
+                f"{len(missing)} of {len(paths)} {what} are missing: {_some(missing)}\n"
+                f"  Bring them back; or, to go on with what is there: {remedy(_folder(missing[0]))}"
+            )
+    for path, shard in zip(paths, shards, strict=True):
+        try:
+            size = Path(path).stat().st_size
+        except OSError as error:  # a link to nowhere
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        if size != shard.bytes:
+            raise DataError(
+                f"{path}: {size:,} bytes, but its manifest says {shard.bytes:,}: cut short, or replaced\n"
+                f"  Bring the file back; or, if it was changed on purpose: {remedy(_folder(path))}"
             )
 
 
@@ -176,6 +179,15 @@ def _class_names(manifests: list[Manifest]) -> tuple[str, ...] | None:
     return tuple(names) if names is not None else None
 
 
-def _some(paths: list[Path]) -> str:
+def _folder(path: str) -> str:
+    folder, slash, _ = path.rpartition("/")
+    return folder or slash or "."
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _some(paths: list[str]) -> str:
     more = len(paths) - _SHOWN
-    return ", ".join(map(str, paths[:_SHOWN])) + (f" and {more:,} more" if more > 0 else "")
+    return ", ".join(paths[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")

@@ -50,7 +50,7 @@ def index_path(tar: Path) -> Path:
     return tar.with_name(tar.name + SUFFIX)
 
 
-def remedy(folder: Path) -> str:
+def remedy(folder: Path | str) -> str:
     """What to do about a missing or wrong index or manifest."""
     return f"Run `pretrain shards index {folder}`."
 

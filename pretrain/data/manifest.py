@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -14,12 +15,14 @@ NAME = "manifest.json"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+_STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class Shard(_Strict):
-    """One tar: samples and bytes in it, sha256 of it and of its index."""
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tar: samples and bytes in it, sha256 of it and of its index. Slots: there may be 100,000 of them."""
+
+    __pydantic_config__ = _STRICT
 
     name: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*\.tar$")]
     samples: Annotated[int, Field(ge=1)]
@@ -28,8 +31,10 @@ class Shard(_Strict):
     index_sha256: Sha256
 
 
-class Manifest(_Strict):
+class Manifest(BaseModel):
     """min_label, max_label: the range found in the shards. digest: see `digest`."""
+
+    model_config = _STRICT
 
     version: Literal[1] = 1
     digest: Sha256

@@ -63,7 +63,7 @@ class LocalReader:
             if shard is not None:
                 self._open.move_to_end(number)
                 return shard
-        shard = _OpenShard(self._dataset.paths[number], self._dataset.shards[number])
+        shard = _OpenShard(Path(self._dataset.paths[number]), self._dataset.shards[number])
         with self._lock:
             shard = self._open.setdefault(number, shard)  # another thread may have been first
             if len(self._open) > MAX_OPEN:

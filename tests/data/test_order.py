@@ -1,0 +1,187 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.config.plan import slice_bounds
+from pretrain.data.order import Order, Rows, evaluation_slice
+
+RAGGED = [17, 1, 40, 8, 3, 29, 5]
+
+
+def order(shards=RAGGED, *, seed=7, batch=24, lanes=8, block=6, window=3) -> Order:
+    return Order(shards, seed=seed, global_batch=batch, lanes=lanes, block_samples=block, window_blocks=window)
+
+
+def ids(shards: list[int], rows: Rows) -> np.ndarray:
+    """Numbers of the samples in the data set."""
+    return np.concatenate(([0], np.cumsum(shards)))[rows.shard] + rows.sample
+
+
+def by_position(shards: list[int], made: Order, positions: int) -> np.ndarray:
+    """Sample numbers at positions 0..positions-1."""
+    batches = [made.batch(t) for t in range(-(-positions // made.global_batch))]
+    number = np.concatenate([ids(shards, rows) for rows in batches])
+    position = np.concatenate([rows.position for rows in batches])
+    return number[np.argsort(position)][:positions]
+
+
+def assert_every_window_is_an_epoch(shards: list[int], made: Order, epochs: int) -> None:
+    n = sum(shards)
+    numbers = by_position(shards, made, epochs * n).reshape(epochs, n)
+    assert (np.sort(numbers, axis=1) == np.arange(n)).all()
+
+
+@pytest.mark.parametrize(
+    ("shards", "batch", "lanes"),
+    [
+        (RAGGED, 24, 8),  # 103 samples: neither lanes nor batch divide them
+        (RAGGED, 24, 24),
+        ([103], 24, 8),  # one shard
+        ([50, 53], 24, 12),  # fewer shards than lanes
+        ([2, 3], 24, 8),  # a batch larger than the data set, more lanes than samples
+        ([1], 4, 4),
+        ([64, 32], 32, 32),  # everything divides
+        ([5, 0, 9], 6, 3),  # an empty shard
+    ],
+)
+def test_every_window_of_positions_holds_every_sample_once_over_100_epochs(shards, batch, lanes):
+    assert_every_window_is_an_epoch(shards, order(shards, batch=batch, lanes=lanes), epochs=100)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shards=st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
+    lanes=st.integers(1, 12),
+    lane_rows=st.integers(1, 5),
+    block=st.integers(1, 50),
+    window=st.integers(1, 6),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_shape_of_data_set_gives_whole_epochs(shards, lanes, lane_rows, block, window, seed):
+    made = order(shards, seed=seed, batch=lanes * lane_rows, lanes=lanes, block=block, window=window)
+    assert_every_window_is_an_epoch(shards, made, epochs=4)
+
+
+@pytest.mark.parametrize("batch", [24, 25, 7])
+def test_ranks_together_hold_the_batch_for_any_world(batch):
+    lanes = {24: 8, 25: 5, 7: 7}[batch]
+    for step in (0, 4, 31):  # 4: the seam of the first two epochs lies in the batch of 24
+        whole = order(batch=batch, lanes=lanes).batch(step)
+        for world in (1, 2, 3, 4, 5, 7):
+            parts = [
+                order(batch=batch, lanes=lanes).rows(step, *slice_bounds(batch, rank, world))
+                for rank in range(world)
+            ]
+            for field, column in enumerate(whole):
+                np.testing.assert_array_equal(np.concatenate([part[field] for part in parts]), column)
+
+
+def test_a_seek_equals_iteration():
+    walking = order()
+    for step in range(40):
+        walked = walking.batch(step)
+        for field, column in enumerate(order().batch(step)):
+            np.testing.assert_array_equal(walked[field], column)
+
+
+def test_asking_backwards_and_out_of_order_changes_nothing():
+    made = order()
+    first = made.batch(2)
+    made.batch(90)
+    made.rows(17, 5, 6)
+    again = made.batch(2)
+    np.testing.assert_array_equal(ids(RAGGED, first), ids(RAGGED, again))
+
+
+def test_a_batch_is_listed_by_lane():
+    for step in range(10):
+        rows = order().batch(step)
+        lane = rows.position % sum(RAGGED) % 8
+        assert (np.diff(lane) >= 0).all()
+        assert all((np.diff(rows.position[lane == n]) > 0).all() for n in range(8))
+
+
+def test_samples_have_other_neighbours_in_another_epoch():
+    numbers = by_position([1000], order([1000], batch=10, lanes=5, block=50, window=2), 2000)
+    pairs = [
+        {tuple(sorted(pair)) for pair in zip(epoch[:-1], epoch[1:], strict=True)}
+        for epoch in (numbers[:1000], numbers[1000:])
+    ]
+    assert len(pairs[0] & pairs[1]) < 30
+
+
+def test_seeds_give_different_orders():
+    assert (by_position(RAGGED, order(seed=1), 103) != by_position(RAGGED, order(seed=2), 103)).mean() > 0.9
+
+
+def test_a_lane_reads_block_after_block():
+    """The point of blocks: one lane's consecutive samples come from a window of few ranges."""
+    shards = [500] * 8
+    made = order(shards, batch=8, lanes=4, block=20, window=3)
+    numbers = by_position(shards, made, 4000)
+    lane = numbers[0::4]
+    for first in range(0, len(lane) - 60, 60):
+        assert len(np.unique(lane[first : first + 60] // 20)) <= 8
+
+
+def test_blocks_keep_their_ranges_over_the_epochs():
+    """Edges are multiples of the block size in the shard; only the ends of a lane's span may cut a block."""
+    shards = [100, 60, 80]
+    blocks = [
+        {
+            (int(s), int(f), int(c))
+            for epoch in [e]
+            for lane in range(2)
+            for s, f, c in zip(*_blocks_of(shards, epoch, lane), strict=True)
+        }
+        for e in range(6)
+    ]
+    for epoch in blocks:
+        uncut = [(f, c) for _, f, c in epoch if f % 10 == 0 and c == 10]
+        assert len(uncut) >= 24 - 2
+
+
+def _blocks_of(shards, epoch, lane):
+    made = order(shards, batch=4, lanes=2, block=10, window=1)
+    place = made._lane(epoch, lane)
+    return place._shard, place._first, place._count
+
+
+def test_the_order_of_a_small_case_is_pinned():
+    """The order is part of a run's identity: a change here breaks every resume, and must be a new version."""
+    numbers = by_position([5, 3, 4], order([5, 3, 4], seed=1, batch=4, lanes=2, block=2, window=2), 24)
+    assert numbers.tolist() == [
+        10, 1, 5, 11, 6, 0, 8, 2, 7, 3, 9, 4,
+        2, 9, 7, 11, 0, 10, 5, 8, 1, 3, 6, 4,
+    ]
+
+
+def test_lanes_must_divide_the_batch():
+    with pytest.raises(ValueError, match="8 lanes do not divide"):
+        order(batch=12, lanes=8)
+
+
+def test_a_seek_into_a_billion_samples_touches_one_lane():
+    made = Order(
+        np.full(100_000, 10_000), seed=1, global_batch=4096, lanes=256, block_samples=80, window_blocks=4
+    )
+    rows = made.rows(5_000_000, 17, 18)
+    assert len(made._lanes) == 1
+    assert rows.epoch[0] == 5_000_000 * 4096 // 10**9
+
+
+@pytest.mark.parametrize("samples", [1, 2, 7, 64, 103])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 8])
+def test_evaluation_counts_every_sample_once_in_equally_many_batches(samples, world):
+    slices = [evaluation_slice(samples, rank, world, batch=4) for rank in range(world)]
+    assert len({number.shape for number, _ in slices}) == 1
+    counted = np.concatenate([number[counts] for number, counts in slices])
+    assert np.sort(counted).tolist() == list(range(samples))
+    assert all((number >= 0).all() and (number < samples).all() for number, _ in slices)
+
+
+def test_evaluation_runs_no_forward_too_many():
+    for samples, world, batch in [(103, 4, 8), (96, 4, 8), (1, 8, 8)]:
+        number, _ = evaluation_slice(samples, 0, world, batch)
+        assert len(number) == -(-(-(-samples // world)) // batch)
