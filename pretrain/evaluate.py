@@ -11,7 +11,7 @@ from pretrain import logs, world
 from pretrain.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pretrain.checkpoint import WeightsFile
+    from pretrain.checkpoint.load import WeightsFile
     from pretrain.data import Dataset
     from pretrain.distributed import Ranks
     from pretrain.score import Scores
@@ -40,7 +40,7 @@ def evaluate(run: Path, which: str, shards: str | None, batch: int, as_json: boo
     if place.is_main:
         logs.to_stderr()
 
-    from pretrain.checkpoint import open_weights
+    from pretrain.checkpoint.load import open_weights
     from pretrain.data import open_dataset
     from pretrain.distributed import device_of, joined
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pretrain import run_dir
-from pretrain.checkpoint import Slices, newest_valid, open_weights
+from pretrain.checkpoint.load import Slices, newest_valid, open_weights
 from pretrain.config import Config, InitConfig, Plan, resolve
 from pretrain.config.resume import flatten
 from pretrain.data import Dataset, facts, open_dataset

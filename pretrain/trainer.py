@@ -14,14 +14,14 @@ from typing import Any, Literal, Protocol
 from tqdm import tqdm
 
 from pretrain.batch import Batch
-from pretrain.checkpoint import Content, mark_best, prune, save
+from pretrain.checkpoint.save import Content, mark_best, prune, save
 from pretrain.config import Config, Plan
 from pretrain.distributed import Ranks, StepExchange, StepFacts
 from pretrain.engine import Engine
-from pretrain.score import Scores, score
 from pretrain.logs import log
 from pretrain.metrics import Meter
 from pretrain.optim import lr_at
+from pretrain.score import Scores, score
 from pretrain.stop import StopFlag
 from pretrain.tracking import Tracker
 

@@ -20,7 +20,8 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from pretrain.checkpoint import Content, open_weights, save
+from pretrain.checkpoint.load import open_weights
+from pretrain.checkpoint.save import Content, save
 from pretrain.config import ModelConfig
 from pretrain.distributed import joined
 from pretrain.errors import CheckpointError, ExportError

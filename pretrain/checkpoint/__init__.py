@@ -11,23 +11,10 @@
 
 A save is written aside, flushed, hashed, agreed by all ranks and renamed. A load verifies the hashes before it reads,
 and falls back to the newest checkpoint that verifies.
+
+`layout` names the files and imports nothing heavy; `save` and `load` import torch, and are imported by their own names.
 """
 
 from pretrain.checkpoint.layout import Manifest, checkpoints, read_manifest, resolve
-from pretrain.checkpoint.load import Slices, WeightsFile, newest_valid, open_weights
-from pretrain.checkpoint.save import Content, mark_best, prune, save
 
-__all__ = [
-    "Content",
-    "Manifest",
-    "Slices",
-    "WeightsFile",
-    "checkpoints",
-    "mark_best",
-    "newest_valid",
-    "open_weights",
-    "prune",
-    "read_manifest",
-    "resolve",
-    "save",
-]
+__all__ = ["Manifest", "checkpoints", "read_manifest", "resolve"]

@@ -37,7 +37,7 @@ def export(run: Path, form: str, which: str, out: Path | None, no_verify: bool) 
     The export is loaded again by the library it is for, and its logits on validation images are compared with those
     of the checkpoint; where they differ nothing is left behind.
     """
-    from pretrain.checkpoint import open_weights
+    from pretrain.checkpoint.load import open_weights
     from pretrain.export.images import validation_images
     from pretrain.export.write import Preprocess, write_export
     from pretrain.lineage import code_facts

@@ -12,8 +12,10 @@ import torch
 from engines import STAGES, config, losses_of, make_engine, weights
 from ranks import RankError, Ranks, on_ranks
 
-from pretrain.checkpoint import Content, checkpoints, mark_best, newest_valid, open_weights, prune, save
+from pretrain.checkpoint import checkpoints
 from pretrain.checkpoint.layout import BEST, MANIFEST, folder_of, pointer, read_manifest
+from pretrain.checkpoint.load import newest_valid, open_weights
+from pretrain.checkpoint.save import Content, mark_best, prune, save
 from pretrain.config import Plan
 from pretrain.engine import Engine
 from pretrain.errors import CheckpointError

@@ -12,7 +12,8 @@ import tiny
 import torch
 from ranks import RankError, Ranks, on_ranks
 
-from pretrain.checkpoint import open_weights, read_manifest
+from pretrain.checkpoint import read_manifest
+from pretrain.checkpoint.load import open_weights
 from pretrain.config import Config
 from pretrain.stage import run_stage
 from pretrain.stop import StopFlag

@@ -1,0 +1,193 @@
+"""`make demo`: the whole way on a small real data set, by the commands that a user would type.
+
+Images to shards, a ViT pretrained at 20 pixels by two processes, handed to a second stage at 28 pixels with its position
+embedding resized, evaluated, exported, the export loaded again and compared; all of it tracked in MLflow. A demo that
+was interrupted goes on where it stopped. `--smoke` does the same in a minute, on handwritten digits.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from pretrain import command
+from pretrain.errors import UserError
+
+CLONE = Path(__file__).resolve().parents[1]
+INSTALLED = Path("/usr/share/datasets/fashion-mnist")
+PACKAGE = "dataset-fashion-mnist"
+GOAL = 0.80
+"""Top-1 that the fine-tuned model passes on Fashion-MNIST, besides beating the pretrained one."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where the demo writes, and how it differs from the configs that it runs."""
+
+    name: str
+    overrides: tuple[str, ...]
+
+    @property
+    def shards(self) -> Path:
+        return Path("data") / self.name
+
+    def run(self, stage: str) -> Path:
+        return Path("runs") / self.name / stage
+
+
+FULL = Setting("demo", ())
+SMOKE = Setting("demo-smoke", ("train.total_steps=6", "train.eval_every_steps=6", "train.log_every_steps=2",
+                               "optim.warmup_steps=2", "checkpoint.every_steps=3"))  # fmt: skip
+
+
+@click.command()
+@click.option(
+    "--smoke", is_flag=True, help="A few steps on scikit-learn's digits: does everything work here?"
+)
+@click.option(
+    "--data",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Images of your own: CLASS/*.jpg.",
+)
+def demo(smoke: bool, data: Path | None) -> None:
+    """Run the whole product on a small real data set: 5 to 10 minutes on two CPU cores."""
+    began = time.monotonic()
+    os.chdir(CLONE)
+    say, setting = Console(stderr=True), SMOKE if smoke else FULL
+    _pack(setting, data, say)
+    classes = _classes(setting)
+    _train(setting, "pretrain", classes, say)
+    _train(setting, "finetune", classes, say)
+    finetuned = str(setting.run("finetune"))
+    _run(say, "evaluate it on every validation image", "-m", "pretrain", "evaluate", finetuned)
+    if not (setting.run("finetune") / "export" / "safetensors").exists():
+        _run(say, "export it, load the export, compare", "-m", "pretrain", "export", finetuned)
+    _summary(setting, say, time.monotonic() - began)
+
+
+def _pack(setting: Setting, data: Path | None, say: Console) -> None:
+    """Images to data/NAME/train and data/NAME/val, unless they are there."""
+    if (setting.shards / "train" / "manifest.json").is_file():
+        return
+    source = data or (_digits() if setting is SMOKE else _fashion_mnist(say) or _digits())
+    split = any(source.glob("*-idx3-ubyte*")) or (source / "train").is_dir()
+    share = () if split else ("--val-share", "0.2")
+    arguments = ("shards", "pack", str(source), str(setting.shards), "--shards", "8", *share)
+    _run(say, f"pack the images of {source} into shards", "-m", "pretrain", *arguments)
+
+
+def _fashion_mnist(say: Console) -> Path | None:
+    """Debian's copy of Fashion-MNIST: installed, or fetched below data/ as any user can."""
+    if INSTALLED.is_dir():
+        return INSTALLED
+    folder = Path("data") / "source" / PACKAGE
+    unpacked = folder / INSTALLED.relative_to("/")
+    if not unpacked.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        say.print(f"[dim]fetching Debian's {PACKAGE} (30 MB)[/dim]")
+        try:
+            subprocess.run(["apt-get", "download", PACKAGE], cwd=folder, check=True, capture_output=True)
+            package = next(folder.glob("*.deb"))
+            subprocess.run(
+                ["dpkg", "-x", str(package.resolve()), str(folder)], check=True, capture_output=True
+            )
+        except (OSError, subprocess.CalledProcessError, StopIteration) as error:
+            say.print(f"[dim]not to be had here ({error}): taking scikit-learn's digits[/dim]")
+            return None
+    return unpacked
+
+
+def _digits() -> Path:
+    """The 1,797 handwritten digits that come with scikit-learn, as a folder of images by class."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    folder = Path("data") / "source" / "digits"
+    digits = load_digits()
+    for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        path = folder / str(label) / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * 15.9).astype("uint8")).save(path)
+    return folder
+
+
+def _classes(setting: Setting) -> int:
+    from pretrain.data import open_dataset
+
+    return open_dataset(str(setting.shards / "train")).labels[1] + 1
+
+
+def _train(setting: Setting, stage: str, classes: int, say: Console) -> None:
+    from pretrain.run_dir import STATUS, read_status
+
+    run = setting.run(stage)
+    if (run / STATUS).is_file() and read_status(run)["status"] == "finished":
+        say.print(f"[dim]{run} is finished already; remove it to train it anew[/dim]")
+        return
+    config = f"configs/demo_{stage}.yaml"
+    overrides = [*setting.overrides, f"run.dir={run}", f"run.campaign={setting.name}"]
+    overrides += [f"data.{split}.shards={setting.shards / split}" for split in ("train", "val")]
+    overrides += [f"model.num_classes={classes}"]
+    if stage == "finetune":
+        overrides += [f"init.from={setting.run('pretrain')}"]
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", "launch/single_node.yaml")
+    needed = _changed(overrides) if setting is FULL else overrides
+    what = {"pretrain": "pretrain at low resolution", "finetune": "fine-tune at high resolution"}[stage]
+    _run(say, f"{what}, two processes", *launcher, "-m", "pretrain.train", config, *needed)
+
+
+def _changed(overrides: Sequence[str]) -> list[str]:
+    """Overrides of the full demo that are not what its configs say anyway."""
+    return [
+        override
+        for override in overrides
+        if override.startswith("model.") and override != "model.num_classes=10"
+    ]
+
+
+def _run(say: Console, what: str, *arguments: str) -> None:
+    """Show a step and the command that does it; stop the demo if it fails."""
+    shown = shlex.join(arguments).replace("-m accelerate.commands.launch", "accelerate launch")
+    shown = shown.replace("-m pretrain ", "pretrain ", 1) if "pretrain.train" not in shown else shown
+    say.rule(f"[bold]{what}")
+    say.print(f"$ {shown}", style="cyan", highlight=False, soft_wrap=True)
+    ended = subprocess.run([sys.executable, *arguments], check=False)
+    if ended.returncode:
+        raise UserError(
+            f"this step of the demo ended with exit code {ended.returncode}; `make demo` tries it again"
+        )
+
+
+def _summary(setting: Setting, say: Console, seconds: float) -> None:
+    from pretrain.run_dir import read_status
+
+    first, second = (read_status(setting.run(stage)) for stage in ("pretrain", "finetune"))
+    before, handed, after = (
+        s["val/top1"] for s in (first["scores"], second["first_scores"], second["scores"])
+    )
+    table = Table("", "top-1 on the validation set", title=f"the demo took {seconds / 60:.1f} minutes")
+    table.add_row("pretrained at low resolution", f"{before:.2%}")
+    table.add_row("right after the resize, nothing learnt yet", f"{handed:.2%}")
+    table.add_row("fine-tuned at high resolution", f"{after:.2%}")
+    say.rule("[bold]done")
+    say.print(table)
+    say.print(f"export    {setting.run('finetune')}/export/safetensors")
+    say.print("MLflow    make ui")
+    say.print("next      your own images: the README's “Train on your own shards”;")
+    say.print(f"          to run this again from the start: rm -r runs/{setting.name}")
+    if setting is FULL and not (after > before and after > GOAL):
+        raise UserError(
+            f"the fine-tuned model ({after:.2%}) should beat the pretrained one ({before:.2%}) and {GOAL:.0%}"
+        )
+
+
+if __name__ == "__main__":
+    command.run(demo, "python -m pretrain.demo")
