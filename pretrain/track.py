@@ -53,7 +53,7 @@ def _own_uri(run: Path) -> str:
 
     uri = None
     for attempt in records.read_ops(journal_path(run), "attempt"):
-        uri = attempt["uri"]
+        uri = attempt.get("uri")
     if uri is None:
         raise TrackError(f"{run} was run without tracking.uri: say where to deliver with --uri")
     return str(uri)
@@ -65,14 +65,14 @@ def _deliver(run: Path, uri: str, from_start: bool, timeout: float) -> None:
     from pretrain.tracking import progress
     from pretrain.tracking.drain import CLIENT_ENVIRONMENT
     from pretrain.tracking.journal import journal_path
+    from pretrain.tracking.target import sqlite_path
 
     os.environ.update(CLIENT_ENVIRONMENT)
     from pretrain.tracking.deliver import Drainer, deliver  # imports mlflow, which reads the environment
 
     drainer = Drainer(run, uri, from_start=from_start)
-    with tqdm(
-        total=journal_path(run).stat().st_size, unit="B", unit_scale=True, initial=drainer.note.offset
-    ) as bar:
+    size = journal_path(run).stat().st_size
+    with tqdm(total=size, initial=drainer.note.offset, unit="B", unit_scale=True) as bar:
 
         def advance(offset: int) -> None:
             bar.update(offset - bar.n)
@@ -84,4 +84,5 @@ def _deliver(run: Path, uri: str, from_start: bool, timeout: float) -> None:
             "  Is the server up, and are the credentials in the environment (MLFLOW_TRACKING_USERNAME and _PASSWORD, "
             "or _TOKEN)?"
         )
-    click.echo(f"{run}: everything is in MLflow. To look at it: mlflow ui --backend-store-uri {uri}")
+    look = f"mlflow ui --backend-store-uri {uri}" if sqlite_path(uri) else uri
+    click.echo(f"{run}: everything is in MLflow. To look at it: {look}")

@@ -87,10 +87,8 @@ class Drainer:
         end, size = self.note.offset, 0
         with self._path.open("rb") as file:
             for line, line_end in records.read_lines(file, end):
-                record = records.decode(line)
-                if record is None:
-                    self._bury({"line": line.decode(errors="replace")}, "not a line of a journal")
-                elif "values" in record:
+                record = records.decode(line) or {"op": "damaged", "line": line.decode(errors="replace")}
+                if "values" in record:
                     group.append(record)
                     size += len(record["values"])
                 elif group:
@@ -124,6 +122,8 @@ class Drainer:
             case "artifact":
                 file = artifact_file(self._run_dir, record["path"])
                 run.log_artifact(file, Path(record["path"]).parent)
+            case "damaged":
+                raise ValueError("not a line of a journal")
 
     def _items(self, record: Record) -> Iterator[Item]:
         """What a line stands for in MLflow's terms."""

@@ -55,10 +55,7 @@ def main(run_dir: Path, uri: str, parent: int, grace: float) -> None:
         time.sleep(POLL_SECONDS)
 
     os.environ.update(CLIENT_ENVIRONMENT)
-    from pretrain.tracking.deliver import (
-        Drainer,
-        deliver,
-    )  # imports mlflow: seconds, and reads the environment
+    from pretrain.tracking.deliver import Drainer, deliver  # mlflow: takes seconds
 
     deliver(Drainer(run_dir, uri), ends, grace)
 

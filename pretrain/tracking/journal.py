@@ -117,7 +117,7 @@ class Journal:
         if diverged:
             checked[records.DIVERGED] = float(len(diverged))
             self._warn_of_divergence(step, diverged[0], checked[diverged[0]])
-        self._append("metrics", step=step, values=checked, **({"known": known} if known else {}))
+        self._append("metrics", step=int(step), values=checked, **({"known": known} if known else {}))
 
     def params(self, values: Mapping[str, object]) -> None:
         """Log settings. MLflow's parameters cannot change, so one that did since it was first logged becomes the tag
@@ -282,5 +282,5 @@ def _run_uid(run_dir: Path) -> str:
 
 def _warn_of_changes(run: Record, identity: Mapping[str, str | None]) -> None:
     for key, now in identity.items():
-        if run[key] != now:
-            log.warning("the run stays in MLflow with %s %r: it cannot become %r", key, run[key], now)
+        if run.get(key) != now:
+            log.warning("the run stays in MLflow with %s %r: it cannot become %r", key, run.get(key), now)

@@ -2,11 +2,14 @@
 
 import fcntl
 import os
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from pretrain.logs import log
+
+POLL_SECONDS = 0.1
 
 
 def try_lock(descriptor: int, *, shared: bool = False) -> bool:
@@ -44,7 +47,8 @@ class LockFile:
         os.close(self._descriptor)
 
     def __enter__(self) -> Self:
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        while not self.acquire():
+            time.sleep(POLL_SECONDS)
         return self
 
     def __exit__(

@@ -35,7 +35,19 @@ WALL_CLOCK = ("perf/", "system/")
 NONFINITE = "nonfinite/"
 DIVERGED = "resume/diverged"
 
-_NAME = re.compile(r"[\w.\- :/]{1,240}", re.ASCII)
+_NAME = re.compile(r"[\w.\- :/]{1,230}", re.ASCII)  # MLflow takes 250; prefixes of ours need some
+_STAMP = {"attempt": int, "time": int}
+_FIELDS: dict[str, dict[str, type]] = {
+    "run": {**_STAMP, "uid": str, "experiment": str, "name": str},
+    "attempt": {**_STAMP, "from_step": int},
+    "metrics": {**_STAMP, "step": int, "values": dict},
+    "params": {**_STAMP, "values": dict},
+    "tags": {**_STAMP, "values": dict},
+    "dataset": {**_STAMP, "name": str, "digest": str, "source": str, "context": str},
+    "artifact": {**_STAMP, "path": str},
+    "status": {**_STAMP, "status": str},
+}
+"""What a line must have to be used; `known`, `campaign` and `uri` may be missing."""
 _LARGEST = 1.7976931348623157e308
 
 
@@ -44,7 +56,7 @@ def check_name(name: str) -> str:
     is_path = posixpath.normpath(name) == name and name != "." and not name.startswith(("/", ".."))
     if not (_NAME.fullmatch(name) and is_path):
         raise ValueError(
-            f"{name[:300]!r} is no name for a metric, parameter or tag: 1 to 240 ASCII letters, digits, _ - . : / or "
+            f"{name[:300]!r} is no name for a metric, parameter or tag: 1 to 230 ASCII letters, digits, _ - . : / or "
             "spaces, not starting with a slash, without empty or dotted parts"
         )
     return name
@@ -75,12 +87,14 @@ def encode(record: Record) -> bytes:
 
 
 def decode(line: bytes) -> Record | None:
-    """The record of a line, or None where it is none (damaged by a disk or a hand)."""
+    """The record of a line, or None where it is none of ours (damaged by a disk or a hand)."""
     try:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("op"), str) else None
+    fields = _FIELDS.get(str(record.get("op"))) if isinstance(record, dict) else None
+    whole = fields is not None and all(isinstance(record.get(name), kind) for name, kind in fields.items())
+    return record if whole else None
 
 
 def read_lines(file: IO[bytes], start: int) -> Iterator[tuple[bytes, int]]:

@@ -53,7 +53,7 @@ class MlflowRun:
 
     def __init__(self, uri: str, record: Record) -> None:
         """Find the run of a journal's `run` record, below its campaign's run if any; make what is missing."""
-        name, campaign, start = record["name"], record["campaign"], record["time"]
+        name, campaign, start = record["name"], record.get("campaign"), record["time"]
         self._parent: str | None = None
         self._run = ""
         with self._answering():

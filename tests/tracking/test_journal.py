@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import multiprocessing
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from pretrain.errors import ConfigError, RunDirError
 from pretrain.tracking import Journal, journal, records
+from pretrain.tracking.locks import LockFile
 from pretrain.tracking.target import resolve_uri
 
 
@@ -65,7 +67,7 @@ def test_a_name_that_the_journal_takes_is_taken_by_mlflow(name):
     _validate_tag_name(name)
 
 
-@pytest.mark.parametrize("name", ["a\n", "$", "a//b", "/a", "../a", "..", "a/", "", "é", "x" * 241])
+@pytest.mark.parametrize("name", ["a\n", "$", "a//b", "/a", "../a", "..", "a/", "", "é", "x" * 231])
 def test_a_name_that_mlflow_might_refuse_is_refused_at_the_call(tmp_path, name):
     with pytest.raises(ValueError, match="is no name"):
         open_journal(tmp_path).metrics(1, {name: 1.0})
@@ -171,6 +173,34 @@ def _fill_limited_disk(run_dir: Path) -> None:
     writer.metrics(1, {"loss": 1.0})
     with pytest.raises(RunDirError, match=r"metrics\.jsonl"):
         writer.metrics(2, {"loss": 1.0})
+
+
+def test_a_file_system_without_locks_is_used_with_a_word_of_warning(tmp_path, monkeypatch, caplog):
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with caplog.at_level("WARNING", "pretrain"):
+        open_journal(tmp_path).metrics(1, {"loss": 1.0})
+        with LockFile(tmp_path / "lock"):
+            pass
+    assert "no file locks" in caplog.text
+
+
+def test_damaged_lines_do_not_keep_a_run_from_going_on(tmp_path):
+    first = open_journal(tmp_path)
+    first.metrics(1, {"loss": 1.0})
+    kill(first)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(
+            b'\x00\xff\n[]\n{"op":"metrics","attempt":1,"time":1,"stap":2,"values":{}}\n{"op":["x"]}\n'
+        )
+    second = open_journal(tmp_path)
+    second.metrics(1, {"loss": 1.0})
+    assert second.attempt == 2
+    assert (
+        records.decode((tmp_path / "metrics.jsonl").read_bytes().splitlines()[-1])["known"]["loss"][0] == 1.0
+    )
 
 
 def test_a_full_disk_is_named_and_leaves_whole_lines(tmp_path):
