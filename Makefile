@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:  ## list the commands
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 15
 
-demo: $(VENV)/.installed  ## train, fine-tune and export a ViT on real images (DATA=dir of idx files, SMOKE=1: a minute)
+demo: $(VENV)/.installed  ## train, fine-tune and export a ViT on real images (DATA=folder of images by class, SMOKE=1: a few steps)
 	@$(BIN)/python -m pretrain.demo $(if $(DATA),--data "$$DATA") $(if $(SMOKE),--smoke)
 
 test: $(VENV)/.installed-dev debian-packages  ## run the test suite (ARGS="-k name" to choose)
