@@ -44,7 +44,7 @@ clean:  ## remove .venv and caches; runs/ and data/ stay
 # large downloads, and every error.
 
 SHOW_DOWNLOADS := sed -unE \
-	-e 's/^ *Downloading ([^ ]+)-[0-9][^ ]* \(([0-9.]+ [MG]B)\).*/    \1 \2/p' \
+	-e 's/^ *Downloading ([^ -]+-[^ -]+)[^ ]* \(([0-9.]+ [MG]B)\).*/    \1 \2/p' \
 	-e 's/^Installing collected packages.*/    unpacking/p'
 
 $(BIN)/python:

@@ -63,6 +63,8 @@ def _allowed(schema: Schema) -> str:
         return " or ".join(_allowed(option) for option in schema["anyOf"])
     if "enum" in schema:
         return ", ".join(_shown(value) for value in schema["enum"])
+    if "const" in schema:
+        return _shown(schema["const"])
     if schema["type"] == "array":
         items = [_allowed(item) for item in schema.get("prefixItems", [])]
         return f"[{', '.join(items) if items else _allowed(schema['items']) + ', ...'}]"
@@ -71,7 +73,7 @@ def _allowed(schema: Schema) -> str:
 
 def _bounds(schema: Schema) -> str:
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    return "".join(f" {sign} {schema[name]:g}" for name, sign in signs.items() if name in schema)
+    return "".join(f" {sign} {schema[name]:.12g}" for name, sign in signs.items() if name in schema)
 
 
 def _shown(value: Any) -> str:
