@@ -1,3 +1,6 @@
+import math
+from itertools import groupby, pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -5,12 +8,15 @@ from hypothesis import strategies as st
 
 from pretrain.config.plan import slice_bounds
 from pretrain.data.order import Order, Rows, evaluation_slice
+from pretrain.draws import Stream, permutation
 
 RAGGED = [17, 1, 40, 8, 3, 29, 5]
 
 
 def order(shards=RAGGED, *, seed=7, batch=24, lanes=8, block=6, window=3) -> Order:
-    return Order(shards, seed=seed, global_batch=batch, lanes=lanes, block_samples=block, window_blocks=window)
+    return Order(
+        shards, seed=seed, global_batch=batch, lanes=lanes, block_samples=block, window_blocks=window
+    )
 
 
 def ids(shards: list[int], rows: Rows) -> np.ndarray:
@@ -105,7 +111,7 @@ def test_a_batch_is_listed_by_lane():
 def test_samples_have_other_neighbours_in_another_epoch():
     numbers = by_position([1000], order([1000], batch=10, lanes=5, block=50, window=2), 2000)
     pairs = [
-        {tuple(sorted(pair)) for pair in zip(epoch[:-1], epoch[1:], strict=True)}
+        {tuple(sorted(pair)) for pair in pairwise(epoch.tolist())}
         for epoch in (numbers[:1000], numbers[1000:])
     ]
     assert len(pairs[0] & pairs[1]) < 30
@@ -125,35 +131,82 @@ def test_a_lane_reads_block_after_block():
         assert len(np.unique(lane[first : first + 60] // 20)) <= 8
 
 
-def test_blocks_keep_their_ranges_over_the_epochs():
-    """Edges are multiples of the block size in the shard; only the ends of a lane's span may cut a block."""
-    shards = [100, 60, 80]
-    blocks = [
-        {
-            (int(s), int(f), int(c))
-            for epoch in [e]
-            for lane in range(2)
-            for s, f, c in zip(*_blocks_of(shards, epoch, lane), strict=True)
-        }
-        for e in range(6)
+def naive(shards: list[int], made: Order, epoch: int) -> list[int]:
+    """The samples of an epoch by position, written down from the definition, one list after another."""
+    firsts = np.concatenate(([0], np.cumsum(shards)))
+    places = [
+        (shard, sample)
+        for shard in permutation(made.seed, Stream.SHARDS, len(shards), epoch).tolist()
+        for sample in range(shards[shard])
     ]
-    for epoch in blocks:
-        uncut = [(f, c) for _, f, c in epoch if f % 10 == 0 and c == 10]
-        assert len(uncut) >= 24 - 2
+    lanes = []
+    for lane in range(made.lanes):
+        longer = lane < len(places) % made.lanes
+        span, places_left = len(places) // made.lanes + longer, sum(len(done) for done in lanes)
+        span_places = places[places_left : places_left + span]
+        blocks = [
+            list(block) for _, block in groupby(span_places, lambda p: (p[0], p[1] // made.block_samples))
+        ]
+        shuffled = [blocks[i] for i in permutation(made.seed, Stream.BLOCKS, len(blocks), epoch, lane)]
+        done: list[tuple[int, int]] = []
+        for window, start in enumerate(range(0, len(blocks), made.window_blocks)):
+            inside = [place for block in shuffled[start : start + made.window_blocks] for place in block]
+            drawn = permutation(made.seed, Stream.SAMPLES, len(inside), epoch, lane, window)
+            done += [inside[i] for i in drawn]
+        lanes.append(done)
+    return [
+        int(firsts[shard] + sample)
+        for j in range(len(places))
+        for shard, sample in [lanes[j % made.lanes][j // made.lanes]]
+    ]
 
 
-def _blocks_of(shards, epoch, lane):
-    made = order(shards, batch=4, lanes=2, block=10, window=1)
-    place = made._lane(epoch, lane)
-    return place._shard, place._first, place._count
+@pytest.mark.parametrize(
+    ("shards", "lanes", "block", "window"),
+    [
+        (RAGGED, 8, 6, 3),
+        ([100, 60, 80], 2, 10, 1),
+        ([7], 4, 100, 2),
+        ([3, 0, 9], 6, 2, 5),
+        ([50, 53], 1, 7, 4),
+    ],
+)
+def test_the_order_is_its_definition(shards, lanes, block, window):
+    made = order(shards, batch=lanes, lanes=lanes, block=block, window=window)
+    n = sum(shards)
+    numbers = by_position(shards, made, 3 * n).reshape(3, n)
+    for epoch in range(3):
+        assert numbers[epoch].tolist() == naive(shards, made, epoch)
 
 
 def test_the_order_of_a_small_case_is_pinned():
     """The order is part of a run's identity: a change here breaks every resume, and must be a new version."""
     numbers = by_position([5, 3, 4], order([5, 3, 4], seed=1, batch=4, lanes=2, block=2, window=2), 24)
     assert numbers.tolist() == [
-        10, 1, 5, 11, 6, 0, 8, 2, 7, 3, 9, 4,
-        2, 9, 7, 11, 0, 10, 5, 8, 1, 3, 6, 4,
+        10,
+        1,
+        5,
+        11,
+        6,
+        0,
+        8,
+        2,
+        7,
+        3,
+        9,
+        4,
+        2,
+        9,
+        7,
+        11,
+        0,
+        10,
+        5,
+        8,
+        1,
+        3,
+        6,
+        4,
     ]
 
 
@@ -184,4 +237,4 @@ def test_evaluation_counts_every_sample_once_in_equally_many_batches(samples, wo
 def test_evaluation_runs_no_forward_too_many():
     for samples, world, batch in [(103, 4, 8), (96, 4, 8), (1, 8, 8)]:
         number, _ = evaluation_slice(samples, 0, world, batch)
-        assert len(number) == -(-(-(-samples // world)) // batch)
+        assert len(number) == math.ceil(math.ceil(samples / world) / batch)

@@ -1,0 +1,117 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
+
+from pretrain.config import AugmentConfig
+from pretrain.data.augment import NUM_DRAWS, EvalView, TrainView, random_resized_box
+
+MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+
+
+def image(height: int, width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def torchvision_box(height, width, scale, ratio, seed):
+    """torchvision's box under a torch seed, and the draws in [0, 1) that lead ours to the same decisions."""
+    torch.manual_seed(seed)
+    box = RandomResizedCrop.get_params(torch.empty(3, height, width), list(scale), list(ratio))
+    torch.manual_seed(seed)
+    draws = np.zeros(NUM_DRAWS)
+    for attempt in range(10):
+        area, shape = torch.rand(1).item(), torch.rand(1).item()
+        draws[4 * attempt : 4 * attempt + 2] = area, shape
+        target = height * width * (scale[0] + (scale[1] - scale[0]) * area)
+        aspect = ratio[0] * (ratio[1] / ratio[0]) ** shape
+        h, w = round(math.sqrt(target / aspect)), round(math.sqrt(target * aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = (torch.randint(0, n, (1,)).item() for n in (height - h + 1, width - w + 1))
+            draws[4 * attempt + 2 : 4 * attempt + 4] = (
+                (top + 0.5) / (height - h + 1),
+                (left + 0.5) / (width - w + 1),
+            )
+            break
+    return box, draws
+
+
+@pytest.mark.parametrize("size", [(480, 640), (333, 97), (28, 28), (40, 400), (400, 40)])
+@pytest.mark.parametrize(("scale", "ratio"), [((0.08, 1.0), (0.75, 4 / 3)), ((0.9, 1.0), (0.5, 0.6))])
+def test_the_crop_box_is_torchvisions(size, scale, ratio):
+    fell_back = 0
+    for seed in range(200):
+        box, draws = torchvision_box(*size, scale, ratio, seed)
+        assert tuple(random_resized_box(*size, scale, ratio, draws)) == tuple(box)
+        fell_back += draws[39] == 0
+    if size[0] / size[1] >= 10 or size[1] / size[0] >= 10:
+        assert fell_back or scale[0] < 0.5  # the central fallback was exercised
+
+
+def test_draws_depend_on_epoch_and_sample_alone():
+    view = TrainView(AugmentConfig(), (8, 8), "bilinear", seed=3)
+    together = view.draws(np.array([0, 0, 1]), np.array([5, 6, 5]))
+    for row, (epoch, sample) in zip(together, [(0, 5), (0, 6), (1, 5)], strict=True):
+        np.testing.assert_array_equal(view.draws(np.array([epoch]), np.array([sample]))[0], row)
+    assert len({tuple(row) for row in together}) == 3
+    assert (
+        TrainView(AugmentConfig(), (8, 8), "bilinear", seed=4).draws(np.array([0]), np.array([5]))
+        != together[0]
+    ).all()
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_training_view_is_torchvisions_crop_and_resize(interpolation):
+    view = TrainView(AugmentConfig(hflip=False), (24, 20), interpolation, seed=0)
+    theirs = Resize((24, 20), MODES[interpolation], antialias=True)
+    for sample in range(20):
+        picture = image(60, 90, sample)
+        draws = view.draws(np.array([0]), np.array([sample]))[0]
+        top, left, height, width = random_resized_box(60, 90, (0.08, 1.0), (0.75, 4 / 3), draws)
+        expected = theirs(picture.crop((left, top, left + width, top + height)))
+        np.testing.assert_array_equal(np.asarray(view.apply(picture, draws)), np.asarray(expected))
+
+
+def test_half_of_the_views_are_mirrored():
+    view = TrainView(AugmentConfig(crop="resize"), (16, 16), "bilinear", seed=0)
+    picture = image(16, 16)
+    draws = view.draws(np.zeros(400, dtype=np.int64), np.arange(400))
+    pixels = np.asarray(picture)
+    mirrored = [np.array_equal(np.asarray(view.apply(picture, row)), pixels[:, ::-1]) for row in draws]
+    plain = [np.array_equal(np.asarray(view.apply(picture, row)), pixels) for row in draws]
+    assert all(a != b for a, b in zip(mirrored, plain, strict=True))
+    assert 160 < sum(mirrored) < 240
+
+
+def test_without_random_parts_a_view_is_the_resized_image():
+    view = TrainView(AugmentConfig(crop="resize", hflip=False), (12, 10), "bicubic", seed=0)
+    picture = image(33, 47)
+    expected = picture.resize((10, 12), Image.Resampling.BICUBIC)
+    for row in view.draws(np.zeros(5, dtype=np.int64), np.arange(5)):
+        np.testing.assert_array_equal(np.asarray(view.apply(picture, row)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("size", [(60, 90), (90, 60), (28, 28), (224, 225), (17, 300), (300, 17)])
+@pytest.mark.parametrize("keep", [1.0, 0.875, 0.95])
+def test_the_evaluation_view_is_torchvisions(size, keep):
+    picture = image(*size)
+    ours = EvalView((28, 28), keep, "bicubic").apply(picture, np.empty(0))
+    shorter = Resize(math.floor(28 / keep), MODES["bicubic"], antialias=True)(picture)
+    np.testing.assert_array_equal(np.asarray(ours), np.asarray(CenterCrop(28)(shorter)))
+
+
+@pytest.mark.parametrize("size", [(60, 90), (90, 60), (16, 400), (400, 16)])
+def test_an_oblong_evaluation_view_keeps_the_shape_of_things(size):
+    """A horizontal and a vertical ramp keep the ratio of their slopes, whatever is cropped."""
+    rows, columns = np.mgrid[0 : size[0], 0 : size[1]]
+    for target in [(24, 48), (48, 24)]:
+        slopes = []
+        for ramp, axis in ((rows, 0), (columns, 1)):
+            picture = Image.fromarray((ramp * 255 / max(size)).astype(np.uint8))
+            view = np.asarray(EvalView(target, 1.0, "bilinear").apply(picture, np.empty(0))).astype(float)
+            assert view.shape == target
+            inner = np.take(view, range(6, view.shape[axis] - 6), axis)
+            slopes.append((inner.max() - inner.min()) / (inner.shape[axis] - 1))
+        assert slopes[0] == pytest.approx(slopes[1], rel=0.25, abs=0.15)

@@ -1,0 +1,260 @@
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from made import picture, sample_members, setting, write_tar
+from PIL import Image
+
+from pretrain.batch import Batch
+from pretrain.data import Dataset, open_dataset
+from pretrain.data.loader import EvalLoader, TrainLoader
+from pretrain.data.scan import index_folder
+from pretrain.errors import DataError
+
+BATCH = 12
+
+
+def train_loader(dataset: Dataset, rank: int = 0, world_size: int = 1, **options: object) -> TrainLoader:
+    made = setting(dataset, world_size, **options)
+    return TrainLoader(dataset, made.config.data, made.config.model, made.plan, seed=5, rank=rank)
+
+
+def eval_loader(dataset: Dataset, rank: int = 0, world_size: int = 1, **options: object) -> EvalLoader:
+    made = setting(dataset, world_size, **options)
+    return EvalLoader(dataset, made.config.data, made.config.model, made.plan, rank=rank)
+
+
+def counted(batches: list[Batch]) -> Batch:
+    """The rows that count, as one batch."""
+    rows = [batch.weights > 0 for batch in batches]
+    return Batch(
+        *(
+            torch.cat([getattr(batch, name)[keep] for batch, keep in zip(batches, rows, strict=True)])
+            for name in ("images", "labels", "weights", "positions")
+        )
+    )
+
+
+def global_batches(
+    dataset: Dataset, world_size: int, steps: int, first: int = 0, **options: object
+) -> list[Batch]:
+    """What all ranks together compute, step by step."""
+    loaders = [train_loader(dataset, rank, world_size, **options) for rank in range(world_size)]
+    try:
+        streams = [loader.steps(first) for loader in loaders]
+        return [counted([b for stream in streams for b in next(stream)]) for _ in range(steps)]
+    finally:
+        for loader in loaders:
+            loader.close()
+
+
+def assert_equal(ours: list[Batch], theirs: list[Batch]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        for name in ("images", "labels", "positions"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+@pytest.fixture(scope="module")
+def reference(train_set: Dataset) -> list[Batch]:
+    """25 steps: one epoch and its seam."""
+    return global_batches(train_set, 1, 25, decode_threads=0)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 8])
+def test_global_batches_are_the_same_on_any_world_and_threads(train_set, reference, world_size, threads):
+    assert_equal(global_batches(train_set, world_size, 25, decode_threads=threads), reference)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 5])
+@pytest.mark.parametrize("world_size", [1, 3, 5])
+def test_accumulation_does_not_change_the_global_batch(train_set, reference, world_size, micro_batch):
+    batches = global_batches(train_set, world_size, 4, micro_batch=micro_batch, decode_threads=1)
+    assert_equal(batches, reference[:4])
+
+
+def test_a_restart_at_a_step_equals_going_on(train_set, reference):
+    assert_equal(global_batches(train_set, 3, 6, first=17, decode_threads=2), reference[17:23])
+
+
+def test_every_rank_and_step_has_the_planned_shape(train_set):
+    made = setting(train_set, 5, micro_batch=2)
+    assert (made.plan.accumulation, made.plan.micro_batch) == (2, 2)
+    for rank in range(5):
+        with train_loader(train_set, rank, 5, micro_batch=2) as loader:
+            batches = next(loader.steps(0))
+        assert [batch.images.shape for batch in batches] == [(2, 8, 8, 1)] * 2
+        start, stop = made.plan.slice_of(rank)
+        assert sum(float(batch.weights.sum()) for batch in batches) == stop - start
+        for batch in batches:
+            assert (batch.images.dtype, batch.labels.dtype) == (torch.uint8, torch.int64)
+            assert (batch.weights.dtype, batch.positions.dtype) == (torch.float32, torch.int64)
+
+
+def test_padding_repeats_a_real_row_of_the_rank(train_set):
+    with train_loader(train_set, 0, 5, micro_batch=1) as loader:  # 2 rows in 3 micro-batches
+        batches = next(loader.steps(0))
+    assert [float(batch.weights) for batch in batches] == [1, 1, 0]
+    assert torch.equal(batches[2].images, batches[1].images)
+    assert torch.equal(batches[2].labels, batches[1].labels)
+
+
+def test_an_epoch_shows_every_picture_with_its_label(train_set, digits_source):
+    """Against the files that were packed, without augmentation, at their own size."""
+    truth = {picture_of(path).tobytes(): int(path.parent.name) for path in digits_source.rglob("*.png")}
+    options = {"augment": {"crop": "resize", "hflip": False}, "decode_threads": 2}
+    n = len(train_set)
+    rows = counted(global_batches(train_set, 2, -(-n // BATCH), **options))
+    first_epoch = rows.positions < n
+    seen = [
+        (image.numpy().tobytes(), int(label))
+        for image, label in zip(rows.images[first_epoch], rows.labels[first_epoch], strict=True)
+    ]
+    assert len(seen) == n
+    assert all(truth[pixels] == label for pixels, label in seen)
+
+
+def picture_of(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 8])
+def test_evaluation_sees_every_sample_once_on_any_world(val_set, world_size, threads):
+    batches = []
+    lengths = set()
+    for rank in range(world_size):
+        with eval_loader(val_set, rank, world_size, decode_threads=threads, micro_batch=3) as loader:
+            mine = list(loader)
+            lengths.add((len(loader), len(mine)))
+            assert {len(batch) for batch in mine} == {
+                setting(val_set, world_size, micro_batch=3).plan.micro_batch
+            }
+            batches += mine
+    assert len(lengths) == 1
+    positions = counted(batches).positions
+    assert torch.equal(positions.sort().values, torch.arange(len(val_set)))
+
+
+def test_evaluation_can_run_again_on_the_same_loader(val_set):
+    with eval_loader(val_set, decode_threads=2) as loader:
+        assert_equal(list(loader), list(loader))
+
+
+def test_more_ranks_than_validation_samples_still_evaluate_each_once(tmp_path):
+    tiny = two_samples(tmp_path)
+    batches = [batch for rank in range(4) for batch in eval_loader(tiny, rank, 4)]
+    assert len(batches) == 4
+    assert sorted(counted(batches).positions.tolist()) == [0, 1]
+
+
+def two_samples(folder: Path, second: bytes | None = None, label: int = 1) -> Dataset:
+    write_tar(folder / "a.tar", sample_members("x", 0) + sample_members("y", label, second))
+    index_folder(folder)
+    return open_dataset(str(folder))
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_an_undecodable_picture_names_shard_key_and_reason(tmp_path, threads):
+    dataset = two_samples(tmp_path, second=b"<html>")
+    loader = train_loader(dataset, decode_threads=threads, batch=4)
+    with loader, pytest.raises(DataError, match=r"a\.tar, y: not decodable"):
+        list(islice(loader.steps(0), 3))
+    assert no_decode_threads()
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_picture_over_the_pixel_limit_is_refused_in_training(tmp_path, threads):
+    dataset = two_samples(tmp_path, second=picture(0, 300, 300))
+    loader = train_loader(dataset, decode_threads=threads, batch=4, max_pixels=10_000)
+    with loader, pytest.raises(DataError, match=r"a\.tar, y: 300 x 300 pixels"):
+        next(loader.steps(0))
+
+
+def test_a_label_out_of_range_is_refused_at_read_too(tmp_path):
+    dataset = two_samples(tmp_path, label=3)
+    with (
+        train_loader(dataset, num_classes=3, batch=4) as loader,
+        pytest.raises(DataError, match="y: label 3"),
+    ):
+        next(loader.steps(0))
+
+
+def test_bytes_that_changed_after_the_opening_stop_the_step(copied):
+    folder = copied()
+    dataset = open_dataset(str(folder))
+    for tar in folder.glob("*.tar"):
+        content = bytearray(tar.read_bytes())
+        content[600] ^= 1
+        tar.write_bytes(content)
+    with (
+        train_loader(dataset) as loader,
+        pytest.raises(DataError, match=r"sample 0: its bytes are not those"),
+    ):
+        list(islice(loader.steps(0), 30))
+
+
+def test_no_thread_is_left_when_a_consumer_stops_early(train_set):
+    with train_loader(train_set, decode_threads=3, prefetch_steps=8) as loader:
+        next(loader.steps(0))
+        assert not no_decode_threads()
+    assert no_decode_threads()
+
+
+def test_no_thread_is_left_when_the_consumer_fails(train_set):
+    def fail(steps: Iterator[list[Batch]]) -> None:
+        next(steps)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), train_loader(train_set, decode_threads=3) as loader:
+        fail(loader.steps(0))
+    assert no_decode_threads()
+
+
+def test_no_descriptor_is_left_behind(train_set):
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(3):
+        with train_loader(train_set, decode_threads=2) as loader:
+            list(islice(loader.steps(0), 5))
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+def test_waiting_is_measured(train_set):
+    with train_loader(train_set, decode_threads=0) as loader:
+        steps = loader.steps(0)
+        waited = []
+        for _ in range(3):
+            next(steps)
+            waited.append(loader.wait_seconds)
+    assert 0 < waited[0] < waited[1] < waited[2]
+
+
+def test_prefetched_steps_are_ready_when_asked_for(train_set):
+    """With time to work ahead, the next steps cost no decoding in the caller."""
+    with train_loader(train_set, decode_threads=2, prefetch_steps=3) as loader:
+        steps = loader.steps(0)
+        next(steps)
+        idle = threading.Event()
+        idle.wait(0.5)
+        before = loader.wait_seconds
+        next(steps)
+        assert loader.wait_seconds - before < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_for_cuda_lie_in_pinned_memory(train_set):
+    made = setting(train_set)
+    plan = replace(made.plan, device="cuda")
+    with TrainLoader(train_set, made.config.data, made.config.model, plan, seed=0, rank=0) as loader:
+        [batch] = next(loader.steps(0))
+    assert all(t.is_pinned() for t in (batch.images, batch.labels, batch.weights, batch.positions))
+
+
+def no_decode_threads() -> bool:
+    return not any(thread.name.startswith("decode") for thread in threading.enumerate())
