@@ -94,6 +94,7 @@ def index_command(folder: Path) -> None:
 def _report(folder: Path, manifest: Manifest) -> None:
     click.echo(
         f"{folder}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, "
-        f"{manifest.bytes / _MIB:,.1f} MiB, labels {manifest.min_label} to {manifest.max_label}, "
+        f"{manifest.bytes / _MIB:,.1f} MiB, labels {manifest.min_label} to {manifest.max_label} "
+        f"({'named' if manifest.class_names else 'without names'}), "
         f"digest {manifest.digest[:12]}"
     )

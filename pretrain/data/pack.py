@@ -102,6 +102,8 @@ def pack(
             _write_split(aside / split, split, items, size, on_sample)
             manifests[split] = index_folder(aside / split, source.class_names)
         _publish(aside, out)
+    except OSError as error:
+        raise DataError(f"packing stopped, nothing was changed: {error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return manifests

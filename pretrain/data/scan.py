@@ -51,6 +51,15 @@ def index_folder(
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise DataError(f"{folder}: there is no .tar file in this folder")
+    try:
+        return _index_tars(folder, tars, class_names, on_shard)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be indexed: {error}") from None
+
+
+def _index_tars(
+    folder: Path, tars: list[Path], class_names: list[str] | None, on_shard: Callable[[Path], object]
+) -> Manifest:
     shards, lowest, highest = [], [], []
     for tar in tars:
         found = scan(tar)

@@ -1,0 +1,206 @@
+"""Ranged reads: the samples that were packed, or an error that names the shard. Never anything else."""
+
+import os
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made import picture, sample_members, write_tar
+
+from pretrain.data import Dataset, open_dataset, read
+from pretrain.data.index import parse_index
+from pretrain.data.read import LocalReader
+from pretrain.data.scan import index_folder
+from pretrain.data.tar import Sample
+from pretrain.errors import DataError
+
+
+def read_all(dataset: Dataset, numbers: np.ndarray | None = None) -> list[Sample]:
+    reader = LocalReader(dataset, block_samples=7)
+    try:
+        return reader.read(*dataset.locate(np.arange(len(dataset)) if numbers is None else numbers))
+    finally:
+        reader.close()
+
+
+def plain(samples: list[Sample]) -> list[tuple[str, bytes, int]]:
+    return [(sample.key, bytes(sample.image), sample.label) for sample in samples]
+
+
+def test_the_stock_reader_sees_the_same_samples(digits, train_set):
+    """webdataset itself is the oracle: keys, bytes and labels, in the order of the tars."""
+    import webdataset
+
+    stock = [
+        (sample["__key__"], sample["png"], int(sample["cls"]))
+        for sample in webdataset.WebDataset(list(train_set.paths), shardshuffle=False)
+    ]
+    assert plain(read_all(train_set)) == stock
+    assert len(stock) == len(train_set)
+
+
+def test_any_order_and_any_grouping_give_the_same_samples(train_set):
+    whole = plain(read_all(train_set))
+    numbers = np.random.default_rng(0).permutation(len(train_set))
+    assert plain(read_all(train_set, numbers)) == [whole[i] for i in numbers]
+
+
+def test_neighbours_are_one_read(train_set, monkeypatch):
+    calls = []
+    monkeypatch.setattr(read.os, "pread", lambda *given, real=os.pread: calls.append(given) or real(*given))
+    read_all(train_set)
+    assert len(calls) == len(train_set.shards)
+
+
+def test_more_shards_than_may_be_open(train_set, monkeypatch):
+    whole = plain(read_all(train_set))
+    monkeypatch.setattr(read, "MAX_OPEN", 2)
+    numbers = np.random.default_rng(0).permutation(len(train_set))
+    reader = LocalReader(train_set, block_samples=7)
+    found: dict[int, list[tuple[str, bytes, int]]] = {}
+
+    def work(part: int) -> None:
+        mine = numbers[part::4]
+        found[part] = [plain(reader.read(*train_set.locate(np.array([n]))))[0] for n in mine]
+
+    threads = [threading.Thread(target=work, args=(part,)) for part in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for part in range(4):
+        assert found[part] == [whole[n] for n in numbers[part::4]]
+    assert len(reader._open) <= 2
+
+
+STRANGE = {
+    "pax": (tarfile.PAX_FORMAT, "ключ", 1),
+    "gnu long name": (tarfile.GNU_FORMAT, "long/" + "x" * 150, 2),
+    "ustar prefix": (tarfile.USTAR_FORMAT, "p" * 90 + "/" + "q" * 90, 3),
+    "gnu short name": (tarfile.GNU_FORMAT, "short", 4),
+    "upper case": (tarfile.USTAR_FORMAT, "dir.with.dots/name", 5),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_tars_of_other_makers_read_as_the_stock_reader_reads_them(kind, tmp_path):
+    import webdataset
+
+    form, key, label = STRANGE[kind]
+    image = picture(label)
+    suffix = "JPG" if kind == "upper case" else "png"
+    members = [(f"{key}.{suffix}", image), (f"{key}.json", b"{}"), (f"{key}.cls", f"{label}\n".encode())]
+    write_tar(tmp_path / "a.tar", [*sample_members("first", 0), *members, *sample_members("last", 7)], form)
+    index_folder(tmp_path)
+    stock = [
+        (s["__key__"], s.get("png") or s["jpg"], int(s["cls"]))
+        for s in webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
+    ]
+    ours = plain(read_all(open_dataset(str(tmp_path))))
+    assert ours == stock
+    assert ours[1] == (key, image, label)
+
+
+def test_members_that_are_no_image_and_no_label_are_never_looked_into(tmp_path):
+    """A pickle is bytes that nobody opens; links, devices and folders are passed over."""
+    canary = tmp_path / "executed"
+    payload = b"cposix\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR."
+    link, device, folder = (tarfile.TarInfo(f"x.{name}") for name in ("txt", "dev", "d"))
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    device.type = tarfile.CHRTYPE
+    folder.type = tarfile.DIRTYPE
+    extra = [(f"x.{suffix}", payload) for suffix in ("pyd", "pkl", "pickle", "pth", "npy")]
+    cls, png = sample_members("x", 4)
+    write_tar(
+        tmp_path / "a.tar",
+        [folder, cls, *extra, link, device, png, ("README", b"hello"), ("__meta__/a.json", b"")],
+    )
+    index_folder(tmp_path)
+    assert plain(read_all(open_dataset(str(tmp_path)))) == [("x", png[1], 4)]
+    assert not canary.exists()
+
+
+def test_a_symlink_in_place_of_an_image_is_not_followed(tmp_path):
+    link = tarfile.TarInfo("x.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    write_tar(tmp_path / "a.tar", [("x.cls", b"1"), link])
+    with pytest.raises(DataError, match=r"a\.tar, sample 0 \(x\): holds no image"):
+        index_folder(tmp_path)
+
+
+def test_every_flipped_bit_in_a_sample_is_noticed(copied):
+    folder = copied()
+    dataset = open_dataset(str(folder))
+    tar = Path(dataset.paths[0])
+    good = tar.read_bytes()
+    index = parse_index(Path(f"{tar}.idx").read_bytes(), tar)
+    end = int(index.table["offset"][-1]) * 512 + int(index.table["length"][-1])
+    generator = np.random.default_rng(0)
+    numbers = np.arange(dataset.shards[0].samples)
+    for at in generator.integers(0, end, 300):
+        damaged = bytearray(good)
+        damaged[at] ^= 1 << int(generator.integers(8))
+        tar.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"train-000000\.tar, sample \d+: its bytes are not those"):
+            read_all(dataset, numbers)
+
+
+def test_a_tar_cut_after_the_opening_is_noticed(copied):
+    folder = copied()
+    dataset = open_dataset(str(folder))
+    tar = Path(dataset.paths[0])
+    good = tar.read_bytes()
+    last = dataset.shards[0].samples - 1
+    for share in (0.0, 0.3, 0.8):
+        tar.write_bytes(good[: int(len(good) * share)])
+        with pytest.raises(DataError, match=r"train-000000\.tar: cut short"):
+            read_all(dataset, np.array([last]))
+
+
+def test_every_flipped_bit_in_an_index_is_noticed(copied):
+    folder = copied()
+    dataset = open_dataset(str(folder))
+    file = Path(f"{dataset.paths[0]}.idx")
+    good = file.read_bytes()
+    generator = np.random.default_rng(1)
+    flips = [
+        *((at, bit) for at in range(64) for bit in (0, 7)),
+        *generator.integers(0, [[len(good), 8]], (200, 2)),
+    ]
+    for at, bit in flips:
+        damaged = bytearray(good)
+        damaged[at] ^= 1 << int(bit)
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"train-000000\.tar\.idx: (.|\n)*pretrain shards index"):
+            read_all(dataset, np.array([0]))
+
+
+def test_an_index_cut_anywhere_is_noticed(copied):
+    folder = copied()
+    dataset = open_dataset(str(folder))
+    file = Path(f"{dataset.paths[0]}.idx")
+    good = file.read_bytes()
+    for length in (0, 7, 40, 63, 64, 65, len(good) - 12, len(good) - 1):
+        file.write_bytes(good[:length])
+        with pytest.raises(DataError, match=r"train-000000\.tar\.idx: "):
+            read_all(dataset, np.array([0]))
+
+
+def test_the_index_of_another_tar_is_refused(copied):
+    folder = copied()
+    dataset = open_dataset(str(folder))
+    Path(f"{dataset.paths[0]}.idx").write_bytes(Path(f"{dataset.paths[1]}.idx").read_bytes())
+    with pytest.raises(
+        DataError, match=r"train-000000\.tar\.idx: the index of another tar than train-000000\.tar"
+    ):
+        read_all(dataset, np.array([0]))
+
+
+def test_a_shard_that_vanishes_is_named(copied):
+    folder = copied()
+    dataset = open_dataset(str(folder))
+    Path(dataset.paths[0]).unlink()
+    with pytest.raises(DataError, match=r"train-000000\.tar: cannot be opened: No such file"):
+        read_all(dataset, np.array([0]))
