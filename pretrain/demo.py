@@ -21,7 +21,7 @@ from rich.table import Table
 from pretrain import command
 from pretrain.errors import UserError
 
-CLONE = Path(__file__).resolve().parents[1]
+CLONE = Path(__file__).absolute().parents[1]
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
 PACKAGE = "dataset-fashion-mnist"
 GOAL = 0.80

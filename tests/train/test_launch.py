@@ -1,0 +1,101 @@
+"""The same command under real launchers: started, stopped by a signal, gone on with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_bad_input import write
+from test_resume import TOTAL, config, journal
+
+from pretrain.checkpoint import checkpoints
+
+TORCHRUN = (
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc_per_node",
+    "2",
+    "--no-python",
+)
+TRAIN = (sys.executable, "-m", "pretrain.train")
+
+
+def status(run: Path) -> dict[str, object]:
+    loaded: dict[str, object] = json.loads((run / "status.json").read_text())
+    return loaded
+
+
+def wait_for_step(run: Path, step: int, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(int(folder.name.removeprefix("step_")) >= step for folder in checkpoints(run)):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was never saved: {process.communicate()}")
+
+
+def test_torchrun_saves_on_a_signal_and_plain_python_finishes(digits: Path, tmp_path: Path) -> None:
+    long = config(tmp_path / "run", digits, checkpoint={"every_steps": 2}, train={"total_steps": 5000})
+    path = write(long, tmp_path)
+    with subprocess.Popen([*TORCHRUN, *TRAIN, path], stderr=subprocess.PIPE, text=True) as process:
+        wait_for_step(tmp_path / "run", 4, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) != 0  # not finished: nothing may be exported behind an `&&`
+    stopped = status(tmp_path / "run")
+    assert stopped["status"] == "interrupted"
+    assert isinstance(stopped["step"], int)
+    shown = subprocess.run(
+        [*TRAIN, path, f"train.total_steps={stopped['step'] + 3}"], capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert f"resuming at step {stopped['step']}" in shown.stderr
+    assert status(tmp_path / "run")["status"] == "finished"
+    assert shown.stdout == ""
+
+
+def test_plain_python_stopped_by_a_signal_exits_75_and_ends_as_a_run_on_two_ranks_does(
+    digits: Path, tmp_path: Path
+) -> None:
+    path = write(config(tmp_path / "alone", digits, checkpoint={"every_steps": 1, "keep": 50}), tmp_path)
+    with subprocess.Popen([*TRAIN, path], stderr=subprocess.PIPE, text=True) as process:
+        wait_for_step(tmp_path / "alone", 2, process)
+        process.send_signal(signal.SIGINT)
+        _, words = process.communicate(timeout=60)
+    assert process.returncode == 75, words
+    assert "the same command goes on from there" in words
+    assert subprocess.run([*TRAIN, path], capture_output=True).returncode == 0
+    two = write(config(tmp_path / "two", digits), tmp_path)
+    assert subprocess.run([*TORCHRUN, *TRAIN, two], capture_output=True).returncode == 0
+    expected, got = journal(tmp_path / "two"), journal(tmp_path / "alone")
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        assert got[key] == pytest.approx(value, abs=1e-5), key
+    logs = sorted(p.name for p in (tmp_path / "two" / "logs").iterdir())
+    assert {"rank_0.log", "rank_1.log"} <= set(logs)
+    assert status(tmp_path / "two")["step"] == TOTAL
+
+
+def test_the_demo_in_its_smoke_mode(tmp_path: Path) -> None:
+    """`accelerate launch` with two processes, hand-off, evaluation and export, by the script that users run."""
+    clone = Path(__file__).parents[2]
+    for name in ("pretrain", "launch", "configs", "pyproject.toml"):
+        (tmp_path / name).symlink_to(clone / name)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain.demo", "--smoke"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "right after the resize" in done.stderr
+    assert status(tmp_path / "runs/demo-smoke/finetune")["first_scores"]
+    assert (tmp_path / "runs/demo-smoke/finetune/export/safetensors/config.json").is_file()
+    assert (tmp_path / "runs/mlflow.db").is_file()
