@@ -26,17 +26,21 @@ class RankError(AssertionError):
     """Raised with the traceback of the first rank that failed."""
 
 
-def on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
-    """`function(ranks, *args)` on every rank; returns what each returned. `function` is a module's, not a local one."""
+def on_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120, collective: int = 60
+) -> list[Any]:
+    """`function(ranks, *args)` on every rank; returns what each returned. `function` is a module's, not a local one.
+
+    timeout: seconds until a rank without an answer fails the test; collective: until a collective raises.
+    """
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     port = free_port()
     ends: list[Connection] = []
     processes = []
     for rank in range(world_size):
+        world = World(rank, world_size, rank, "127.0.0.1", port, "test")
         mine, theirs = _context.Pipe()
-        process = _context.Process(
-            target=_run, args=(theirs, rank, world_size, port, function, args), daemon=True
-        )
+        process = _context.Process(target=_run, args=(theirs, world, collective, function, args), daemon=True)
         process.start()
         theirs.close()
         ends.append(mine)
@@ -69,19 +73,17 @@ def on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout:
 
 def _run(
     end: Connection,
-    rank: int,
-    world_size: int,
-    port: int,
+    world: World,
+    collective: int,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
-    world = World(rank, world_size, rank, "127.0.0.1", port, "test")
     try:
-        with joined(world, torch.device("cpu"), timeout_seconds=60) as ranks:
+        with joined(world, torch.device("cpu"), timeout_seconds=collective) as ranks:
             answer = (True, function(ranks, *args))
     except BaseException:
-        answer = (False, f"rank {rank}:\n{traceback.format_exc()}")
+        answer = (False, f"rank {world.rank}:\n{traceback.format_exc()}")
     end.send(answer)
     end.close()
 

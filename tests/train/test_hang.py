@@ -35,7 +35,9 @@ def freeze(ranks: Ranks, folder: Path, stage: int) -> tuple[float, str]:
 
 def test_a_frozen_rank_is_noticed_at_every_stage(tmp_path: Path) -> None:
     with ThreadPoolExecutor(len(STAGES)) as threads:  # they wait, mostly
-        answers = list(threads.map(lambda stage: on_ranks(2, freeze, tmp_path, stage)[0], STAGES))
+        answers = list(
+            threads.map(lambda stage: on_ranks(2, freeze, tmp_path, stage, collective=TIMEOUT)[0], STAGES)
+        )
     for stage, (seconds, words) in zip(STAGES, answers, strict=True):
         assert "timed out" in words.lower(), (stage, words)
         assert seconds < 2 * TIMEOUT, stage
