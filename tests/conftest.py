@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 from hypothesis import settings
 
 # Read by torch's and numpy's thread pools when they are first imported, here and in every process that a test starts.
@@ -9,3 +10,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("pretrain", deadline=None)
 settings.load_profile("pretrain")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` run where there is a CUDA device, and say so where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))

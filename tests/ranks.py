@@ -27,20 +27,29 @@ class RankError(AssertionError):
 
 
 def on_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120, collective: int = 60
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 120,
+    collective: int = 60,
+    device: str = "cpu",
 ) -> list[Any]:
     """`function(ranks, *args)` on every rank; returns what each returned. `function` is a module's, not a local one.
 
     timeout: seconds until a rank without an answer fails the test; collective: until a collective raises.
+    device: "cuda" starts fresh processes, since DeepSpeed chose the CPU in the one that the others are forked from.
     """
-    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"DS_ACCELERATOR": device, "OMP_NUM_THREADS": "1"}
+    context = _context if device == "cpu" else multiprocessing.get_context("spawn")
     port = free_port()
     ends: list[Connection] = []
     processes = []
     for rank in range(world_size):
         world = World(rank, world_size, rank, "127.0.0.1", port, "test")
-        mine, theirs = _context.Pipe()
-        process = _context.Process(target=_run, args=(theirs, world, collective, function, args), daemon=True)
+        mine, theirs = context.Pipe()
+        process = context.Process(
+            target=_run, args=(theirs, world, collective, device, function, args), daemon=True
+        )
         process.start()
         theirs.close()
         ends.append(mine)
@@ -75,12 +84,13 @@ def _run(
     end: Connection,
     world: World,
     collective: int,
+    device: str,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     try:
-        with joined(world, torch.device("cpu"), timeout_seconds=collective) as ranks:
+        with joined(world, torch.device(device), timeout_seconds=collective) as ranks:
             answer = (True, function(ranks, *args))
     except BaseException:
         answer = (False, f"rank {world.rank}:\n{traceback.format_exc()}")

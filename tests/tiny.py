@@ -35,9 +35,12 @@ def config(**sections: dict[str, Any]) -> Config:
     return Config.model_validate(base)
 
 
-def plan(cfg: Config, world_size: int, samples: int = SAMPLES) -> Plan:
+CPU = Hardware("cpu", "test", has_bf16=True)
+
+
+def plan(cfg: Config, world_size: int, samples: int = SAMPLES, hardware: Hardware = CPU) -> Plan:
     facts = DataFacts(samples=samples, shards=2, bytes=samples * 1000, digest="0" * 64)
-    return resolve(cfg, world_size, facts, Hardware("cpu", "test", has_bf16=True))
+    return resolve(cfg, world_size, facts, hardware)
 
 
 def global_batch(cfg: Config, step: int) -> Batch:
