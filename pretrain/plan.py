@@ -126,7 +126,7 @@ def _verdict(model: ModelConfig, plan: Plan, gpu_memory: float) -> str:
     left = gpu_memory * GIGABYTE - states.total
     if left >= 0:
         return (
-            f"The model states take {states.total / gpu_memory / GIGABYTE:.0%} of {gpu_memory:g} GB; {_gb(left)} are "
+            f"The model states take {states.total / gpu_memory / GIGABYTE:.1%} of {gpu_memory:g} GB; {_gb(left)} are "
             "left for activations,\nbuffers and the CUDA context, which this estimate does not cover."
         )
     message = f"the model states need {_gb(states.total)} on each rank; --gpu-memory is {gpu_memory:g} GB.\n"

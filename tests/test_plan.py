@@ -84,7 +84,7 @@ def test_overrides_reach_the_plan(config: Path) -> None:
 def test_model_states_that_fit_say_what_is_left(config: Path) -> None:
     done = run(config, "--gpus-per-node", "8", "--gpu-memory", "80")
     assert done.exit_code == 0
-    assert "The model states take 1% of 80 GB; 79.4 GB are left" in done.output
+    assert "The model states take 0.8% of 80 GB; 79.4 GB are left" in done.output
 
 
 def test_model_states_that_do_not_fit_are_an_error_that_says_what_would_do(config: Path) -> None:
