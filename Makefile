@@ -57,12 +57,12 @@ $(BIN)/python:
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@echo "Installing into $(VENV): a few minutes the first time (torch is large)"
-	@$(BIN)/python -m pip install --editable . | $(SHOW_DOWNLOADS)
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --editable . | $(SHOW_DOWNLOADS)
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed
 	@echo "Installing what the tests need"
-	@$(BIN)/python -m pip install --editable '.[test,dev]' | $(SHOW_DOWNLOADS)
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --editable '.[test,dev]' | $(SHOW_DOWNLOADS)
 	@touch $@
 
 debian-packages:

@@ -52,7 +52,9 @@ def peak_flops(device: torch.device, precision: str, device_name: str) -> float:
 class Meter:
     """Adds up step facts between two records. The sums are part of the checkpoint: a resume loses none."""
 
-    def __init__(self, plan: Plan, train_flops_per_image: float, peak: float, progress: Mapping[str, float]) -> None:
+    def __init__(
+        self, plan: Plan, train_flops_per_image: float, peak: float, progress: Mapping[str, float]
+    ) -> None:
         self._plan = plan
         self._flops_per_image = train_flops_per_image
         self._peak = peak

@@ -1,5 +1,6 @@
 """The front door: what README, Makefile and hooks say is what is there."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -178,7 +179,8 @@ def test_an_old_or_a_missing_table_of_settings_is_noticed_and_an_old_one_mended(
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return subprocess.run(["make", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
 
 
 def test_make_alone_lists_every_command() -> None:
