@@ -34,7 +34,8 @@ format: $(VENV)/.installed-dev  ## bring every file into the one format
 ui: $(VENV)/.installed  ## open the runs in MLflow (PORT=5000)
 	@test -f runs/mlflow.db || { echo "There are no runs yet: start with 'make demo'." >&2; exit 1; }
 	@echo "MLflow answers at http://127.0.0.1:$(PORT) until Ctrl-C"
-	@exec $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port $(PORT)
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
+		exec $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port $(PORT)
 
 clean:  ## remove .venv and caches; runs/ and data/ stay
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -300,7 +300,7 @@ class TrackingConfig(Section):
         "sqlite:///runs/mlflow.db",
         description="MLflow tracking URI, without credentials; none: only the journal",
     )
-    experiment: str = Field("pretrain", description="MLflow experiment")
+    experiment: str = Field("pretrain", min_length=1, description="MLflow experiment")
     run_name: str | None = Field(
         None, description="name of the run; none: the run directory's last two parts"
     )
