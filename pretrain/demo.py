@@ -20,6 +20,7 @@ from rich.table import Table
 
 from pretrain import command
 from pretrain.errors import UserError
+from pretrain.world import EXPECTED_WORLD
 
 CLONE = Path(__file__).absolute().parents[1]
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
@@ -141,7 +142,16 @@ def _train(setting: Setting, stage: str, classes: int, say: Console) -> None:
     launcher = ("-m", "accelerate.commands.launch", "--config_file", "launch/single_node.yaml")
     needed = _changed(overrides) if setting is FULL else overrides
     what = {"pretrain": "pretrain at low resolution", "finetune": "fine-tune at high resolution"}[stage]
-    _run(say, f"{what}, two processes", *launcher, "-m", "pretrain.train", config, *needed)
+    _run(
+        say,
+        f"{what}, two processes",
+        *launcher,
+        "-m",
+        "pretrain.train",
+        config,
+        *needed,
+        env={EXPECTED_WORLD: "2"},
+    )
 
 
 def _changed(overrides: Sequence[str]) -> list[str]:
@@ -153,13 +163,13 @@ def _changed(overrides: Sequence[str]) -> list[str]:
     ]
 
 
-def _run(say: Console, what: str, *arguments: str) -> None:
+def _run(say: Console, what: str, *arguments: str, env: dict[str, str] | None = None) -> None:
     """Show a step and the command that does it; stop the demo if it fails."""
     shown = shlex.join(arguments).replace("-m accelerate.commands.launch", "accelerate launch")
     shown = shown.replace("-m pretrain ", "pretrain ", 1) if "pretrain.train" not in shown else shown
     say.rule(f"[bold]{what}")
     say.print(f"$ {shown}", style="cyan", highlight=False, soft_wrap=True)
-    ended = subprocess.run([sys.executable, *arguments], check=False)
+    ended = subprocess.run([sys.executable, *arguments], env=os.environ | (env or {}), check=False)
     if ended.returncode:
         raise UserError(
             f"this step of the demo ended with exit code {ended.returncode}; `make demo` tries it again"

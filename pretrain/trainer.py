@@ -165,12 +165,12 @@ class Trainer:
             self._learn(self._exchange.drain())
             scores = self._score()
         self.scores = scores.metrics()
-        self._track(self.scores)
         if self.step == 0:
             self.first_scores = self.scores
         improved = self.step > 0 and self.scores["val/top1"] > self.best.get("val/top1", -1.0)
         if improved:
             self.best = self.scores | {"step": self.step}
+        self._track(self.scores | ({"val/best_top1": self.best["val/top1"]} if self.best else {}))
         if self.ranks.is_main:
             log.info("step %d: %s%s", self.step, scores, " (best so far)" if improved else "")
         return improved and self.config.checkpoint.keep_best
