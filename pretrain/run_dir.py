@@ -10,6 +10,7 @@ checkpoints/  see `pretrain.checkpoint`
 """
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -44,9 +45,8 @@ def check_writable(run_dir: Path) -> None:
     """Raise `RunDirError` if files cannot be made here."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
-        probe.write_text("")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=run_dir):  # without a name: the other ranks try at the same moment
+            pass
     except OSError as error:
         raise RunDirError(
             f"cannot write in the run directory {run_dir}: {error.strerror or error}. "

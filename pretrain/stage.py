@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pretrain import run_dir
+from pretrain.checkpoint import checkpoints
+from pretrain.checkpoint.layout import step_of
 from pretrain.checkpoint.load import Slices, newest_valid, open_weights
 from pretrain.config import Config, InitConfig, Plan, resolve
 from pretrain.config.resume import flatten
@@ -51,7 +53,7 @@ def run_stage(config: Config, ranks: Ranks, directory: Path, log_file: Path, sto
             if ranks.is_main:
                 tracker = _start_tracking(config, plan, data, start, directory)
         if tracker is not None:
-            stack.push(lambda kind, *_: tracker.finish("FAILED" if kind else "KILLED"))
+            stack.push(lambda kind, *_: _fail(directory, tracker) if kind else None)
             run_dir.write_config(directory, config, plan)
             run_dir.write_status(directory, "running", start.step, attempt=tracker.attempt)
             _announce(plan, config, start)
@@ -88,6 +90,7 @@ def run_stage(config: Config, ranks: Ranks, directory: Path, log_file: Path, sto
             tracker=tracker,
         )
         outcome = trainer.run()
+        ranks.barrier()  # delivery to MLflow may take longer than a collective may: nobody waits in one for it
         if tracker is not None:
             _conclude(outcome, directory, tracker)
     return outcome
@@ -182,6 +185,13 @@ def _show_hand_off(report: list[Row], directory: Path, tracker: Tracker) -> None
     Console(stderr=True).print(table)
     (directory / run_dir.HANDOFF).write_text(json.dumps([row._asdict() for row in report], indent=1) + "\n")
     tracker.artifact(Path(run_dir.HANDOFF))
+
+
+def _fail(directory: Path, tracker: Tracker) -> None:
+    """Rank 0: an error ends the run; the last checkpoint stands."""
+    saved = checkpoints(directory)
+    run_dir.write_status(directory, "failed", step_of(saved[-1]) if saved else 0, attempt=tracker.attempt)
+    tracker.finish("FAILED")
 
 
 def _conclude(outcome: Outcome, directory: Path, tracker: Tracker) -> None:

@@ -79,7 +79,6 @@ def _join_and_train(place: world.World, config: Config, directory: Path, log_fil
 
     with stop.on_signals() as flag, joined(place, device_of(place), config.engine.timeout_seconds) as ranks:
         outcome = run_stage(config, ranks, directory, log_file, flag)
-        ranks.barrier()
     return 0 if outcome.status == "finished" else INTERRUPTED
 
 

@@ -14,6 +14,8 @@ from typing import Any, Literal, Protocol
 from tqdm import tqdm
 
 from pretrain.batch import Batch
+from pretrain.checkpoint import checkpoints
+from pretrain.checkpoint.layout import folder_of
 from pretrain.checkpoint.save import Content, mark_best, prune, save
 from pretrain.config import Config, Plan
 from pretrain.distributed import Ranks, StepExchange, StepFacts
@@ -96,6 +98,8 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Train to the plan's last step, or until a signal asked to stop; either way the end is checkpointed."""
+        if self.ranks.is_main:
+            self._point_at_best()
         if self.step == 0 and self.config.init is not None and self.validation is not None:
             self._evaluate()  # the hand-off's own score, before anything is learnt
         saved_at = self.step
@@ -192,6 +196,12 @@ class Trainer:
                 prune(self.run_dir, self.config.checkpoint.keep)
                 log.debug("saved %s", folder)
             self._track({"perf/save_seconds": time.perf_counter() - began})
+
+    def _point_at_best(self) -> None:
+        """Rank 0: a kill between a save and its mark would leave `best` at the one before."""
+        folder = folder_of(self.run_dir, int(self.best.get("step", -1)))
+        if self.config.checkpoint.keep_best and folder in checkpoints(self.run_dir):
+            mark_best(self.run_dir, folder)
 
     def _content(self) -> Content:
         return Content(

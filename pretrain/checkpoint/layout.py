@@ -63,6 +63,11 @@ def folder_of(run_dir: Path, step: int) -> Path:
     return run_dir / FOLDER / f"step_{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step_"))
+
+
 def rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
@@ -77,7 +82,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
     found = [
         p for p in (run_dir / FOLDER).glob("step_*") if _STEP.fullmatch(p.name) and (p / MANIFEST).is_file()
     ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
 
 
 def pointer(run_dir: Path, name: str) -> Path | None:

@@ -54,6 +54,10 @@ class Engine:
             _be_deterministic()
         os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)  # read when deepspeed is first imported
         ranks.world.export(os.environ)
+        if (
+            ranks.device.index is not None
+        ):  # what DeepSpeed takes its device from; a task may see one GPU only
+            os.environ["LOCAL_RANK"] = str(ranks.device.index)
         with logs.quiet_stdout(log_file):
             self._engine, self._optimizer = self._build(log_file)
         private_api.set_timeouts(self._engine, timedelta(seconds=config.engine.timeout_seconds))

@@ -85,6 +85,17 @@ def test_half_of_the_views_are_mirrored():
     assert 160 < sum(mirrored) < 240
 
 
+def test_the_flip_is_drawn_apart_from_the_crop():
+    view = TrainView(AugmentConfig(), (8, 8), "bilinear", seed=0)
+    draws = view.draws(np.zeros(4000, dtype=np.int64), np.arange(4000))
+    rising = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8), (64, 1)))
+    views = [np.asarray(view.apply(rising, row)).astype(int) for row in draws]
+    mirrored = np.array([pixels[0, 0] > pixels[0, -1] for pixels in views])
+    boxes = np.array([random_resized_box(64, 64, (0.08, 1.0), (0.75, 4 / 3), row) for row in draws])
+    for side in boxes.T:
+        assert abs(np.corrcoef(mirrored, side)[0, 1]) < 0.06
+
+
 def test_without_random_parts_a_view_is_the_resized_image():
     view = TrainView(AugmentConfig(crop="resize", hflip=False), (12, 10), "bicubic", seed=0)
     picture = image(33, 47)

@@ -12,7 +12,11 @@ from PIL import Image
 
 from pretrain.batch import Batch
 from pretrain.data import Dataset, open_dataset
+from pretrain.data.augment import TrainView
+from pretrain.data.decode import decode
 from pretrain.data.loader import EvalLoader, TrainLoader
+from pretrain.data.order import Order
+from pretrain.data.read import LocalReader
 from pretrain.data.scan import index_folder
 from pretrain.errors import DataError
 
@@ -102,6 +106,30 @@ def test_padding_repeats_a_real_row_of_the_rank(train_set):
     assert [float(batch.weights) for batch in batches] == [1, 1, 0]
     assert torch.equal(batches[2].images, batches[1].images)
     assert torch.equal(batches[2].labels, batches[1].labels)
+
+
+def test_a_row_is_its_samples_view_drawn_by_its_number_in_the_data_set(train_set):
+    """The whole way, stage by stage: order, read, decode, draws, view."""
+    made = setting(train_set)
+    [batch] = global_batches(train_set, 1, 1, first=30)
+    order = Order(
+        train_set.shard_samples,
+        seed=5,
+        global_batch=BATCH,
+        lanes=made.plan.lanes,
+        block_samples=made.plan.block_samples,
+        window_blocks=made.plan.window_blocks,
+    )
+    view = TrainView(made.config.data.augment, (8, 8), "bilinear", seed=5)
+    rows = order.batch(30)
+    draws = view.draws(rows.epoch, train_set.starts[rows.shard] + rows.sample)
+    assert len(np.unique(rows.epoch)) == 1
+    assert rows.epoch[0] > 0
+    for i, sample in enumerate(LocalReader(train_set, 1).read(rows.shard, rows.sample)):
+        expected = np.asarray(view.apply(decode(sample.image, 1, 1000), draws[i]))
+        np.testing.assert_array_equal(batch.images[i, :, :, 0].numpy(), expected)
+        assert batch.labels[i] == sample.label
+        assert batch.positions[i] == rows.position[i]
 
 
 def test_an_epoch_shows_every_picture_with_its_label(train_set, digits_source):

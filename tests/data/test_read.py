@@ -10,10 +10,10 @@ import pytest
 from made import picture, sample_members, write_tar
 
 from pretrain.data import Dataset, open_dataset, read
-from pretrain.data.index import parse_index
+from pretrain.data.index import ShardIndex, parse_index
 from pretrain.data.read import LocalReader
 from pretrain.data.scan import index_folder
-from pretrain.data.tar import Sample
+from pretrain.data.tar import Sample, parse_sample
 from pretrain.errors import DataError
 
 
@@ -175,6 +175,53 @@ def test_every_flipped_bit_in_an_index_is_noticed(copied):
         file.write_bytes(damaged)
         with pytest.raises(DataError, match=r"train-000000\.tar\.idx: (.|\n)*pretrain shards index"):
             read_all(dataset, np.array([0]))
+
+
+def test_an_index_knows_its_own_damage(digits):
+    """Also without a manifest beside it."""
+    file = next((digits / "train").glob("*.idx"))
+    good = file.read_bytes()
+    assert parse_index(good, file).to_bytes() == good
+    generator = np.random.default_rng(2)
+    for at, bit in generator.integers(0, [[len(good), 8]], (200, 2)):
+        damaged = bytearray(good)
+        damaged[at] ^= 1 << int(bit)
+        with pytest.raises(DataError, match=r"\.tar\.idx: "):
+            parse_index(bytes(damaged), file)
+
+
+def test_another_index_of_the_same_tar_is_refused(copied):
+    """Sound in itself, of this very tar, and yet not what the manifest names: a label could hide in its offsets."""
+    folder = copied()
+    dataset = open_dataset(str(folder))
+    file = Path(f"{dataset.paths[0]}.idx")
+    index = parse_index(file.read_bytes(), file)
+    table = index.table.copy()
+    table["crc32"][0] ^= 1
+    file.write_bytes(ShardIndex(table, index.tar_bytes, index.tar_sha256).to_bytes())
+    with pytest.raises(DataError, match=r"train-000000\.tar\.idx: not the index that the manifest names"):
+        read_all(dataset, np.array([1]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [("offset", 1, 0), ("offset", -1, 2**31), ("length", 0, 0), ("length", 0, 513), ("length", 0, 2**20)],
+)
+def test_an_index_whose_samples_overlap_or_lie_outside_is_refused(digits, change):
+    file = next((digits / "train").glob("*.idx"))
+    index = parse_index(file.read_bytes(), file)
+    column, row, value = change
+    table = index.table.copy()
+    table[column][row] = value
+    with pytest.raises(DataError, match="overlap or lie outside"):
+        parse_index(ShardIndex(table, index.tar_bytes, index.tar_sha256).to_bytes(), file)
+
+
+def test_a_damaged_header_is_refused_by_its_own_checksum(tmp_path):
+    data = bytearray(write_tar(tmp_path / "a.tar", sample_members("x", 1)).read_bytes()[:2048])
+    data[3] ^= 1
+    with pytest.raises(DataError, match="here: a header in the tar is damaged"):
+        parse_sample(bytes(data), "here")
 
 
 def test_an_index_cut_anywhere_is_noticed(copied):

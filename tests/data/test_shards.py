@@ -422,7 +422,7 @@ def test_a_sparse_member_is_refused(tmp_path):
     member.type = tarfile.GNUTYPE_SPARSE
     data[member.offset : member.offset + 512] = member.tobuf(tarfile.GNU_FORMAT)
     (tmp_path / "a.tar").write_bytes(data)
-    refused("sparse", "index", tmp_path)
+    refused("is a sparse file", "index", tmp_path)
 
 
 def test_an_empty_folder_is_named(tmp_path):

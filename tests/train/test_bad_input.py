@@ -1,5 +1,6 @@
 """What goes wrong at a user's desk: one clear message, a non-zero exit on every rank, nothing lost, nobody hanging."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -89,7 +90,9 @@ def test_damaged_bytes_met_in_the_middle_of_training_stop_every_rank(shards: Pat
     )
     error = fails(2, tmp_path, write(cfg, tmp_path), code=None)  # 3 if rank 0 met them, else 6
     assert "train-000002.tar" in error
-    assert checkpoints(tmp_path / "run")
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["status"] == "failed"
+    assert status["step"] == len(checkpoints(tmp_path / "run")) > 0
 
 
 def test_global_batch_smaller_than_the_world(shards: Path, tmp_path: Path) -> None:
