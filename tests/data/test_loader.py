@@ -12,7 +12,7 @@ from PIL import Image
 
 from pretrain.batch import Batch
 from pretrain.data import Dataset, open_dataset
-from pretrain.data.augment import TrainView
+from pretrain.data.augment import EvalView, TrainView
 from pretrain.data.decode import decode
 from pretrain.data.loader import EvalLoader, TrainLoader
 from pretrain.data.order import Order
@@ -167,6 +167,18 @@ def test_evaluation_sees_every_sample_once_on_any_world(val_set, world_size, thr
     assert len(lengths) == 1
     positions = counted(batches).positions
     assert torch.equal(positions.sort().values, torch.arange(len(val_set)))
+
+
+def test_an_evaluation_row_is_the_evaluation_view_of_its_sample(val_set):
+    options = {"val_crop": 0.75, "decode_threads": 2, "micro_batch": 5}
+    with eval_loader(val_set, 1, 2, **options) as loader:
+        rows = counted(list(loader))
+    view = EvalView((8, 8), 0.75, "bilinear")
+    samples = LocalReader(val_set, 1).read(*val_set.locate(rows.positions.numpy()))
+    for image, label, sample in zip(rows.images, rows.labels, samples, strict=True):
+        expected = np.asarray(view.apply(decode(sample.image, 1, 1000), np.empty(0)))
+        np.testing.assert_array_equal(image[:, :, 0].numpy(), expected)
+        assert label == sample.label
 
 
 def test_evaluation_can_run_again_on_the_same_loader(val_set):

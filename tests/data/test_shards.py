@@ -425,6 +425,15 @@ def test_a_sparse_member_is_refused(tmp_path):
     refused("is a sparse file", "index", tmp_path)
 
 
+def test_members_renamed_by_a_header_for_the_whole_tar_are_refused(tmp_path):
+    """A ranged read does not see that header and would read the sample under another name."""
+    member = tarfile.TarInfo("y.png")
+    renamed = {"path": "x.png"}
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT, pax_headers=renamed) as tar:
+        tar.addfile(member)
+    refused("its members depend on headers before it", "index", tmp_path)
+
+
 def test_an_empty_folder_is_named(tmp_path):
     refused(r"there is no \.tar file", "index", tmp_path)
 
