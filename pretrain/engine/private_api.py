@@ -1,6 +1,6 @@
 """Every private or undocumented thing of DeepSpeed and torch that this product touches, and why.
 
-Nothing else in the product may. `tests/engine/test_private_api.py` builds an engine of each stage and checks that
+Nothing else in the product may. `tests/engine/test_engine.py` builds an engine of each stage and checks that
 all of it is still there and of the kind that is expected, so that an upgrade fails in a test and not in a run.
 """
 

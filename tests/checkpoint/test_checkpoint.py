@@ -63,7 +63,8 @@ def states(engine: Engine) -> dict[tuple[str, int, str], torch.Tensor]:
 
 
 def same_world(ranks: Ranks, folder: Path) -> None:
-    for optimizer, precision in (("adamw", "fp32"), ("adamw", "bf16"), ("sgd", "fp32")):
+    # SGD here; AdamW in both precisions goes through whole runs in tests/train/test_resume.py
+    for optimizer, precision in (("sgd", "fp32"), ("sgd", "bf16")):
         for stage in STAGES:
             run = folder / f"{optimizer}-{precision}-{stage}"
             run.mkdir(exist_ok=True)

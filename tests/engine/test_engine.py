@@ -82,15 +82,21 @@ def uneven(ranks: Ranks, folder: Path) -> dict[int, list[float]]:
     return results
 
 
-def test_masters_are_exactly_the_source_at_every_stage_and_precision(tmp_path: Path) -> None:
+def test_masters_are_the_source_and_what_we_touch_is_there_at_every_stage_and_precision(
+    tmp_path: Path,
+) -> None:
     on_ranks(2, masters_equal_source, tmp_path)
 
 
 def masters_equal_source(ranks: Ranks, folder: Path) -> None:
+    import deepspeed.ops
+
+    assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
     for precision in ("fp32", "bf16"):
         for stage in STAGES:
             cfg = config(stage, precision, None, 0)
             engine, _ = make_engine(cfg, ranks, folder)
+            assert private_api.missing(engine._engine) == [], (precision, stage)
             source = InitialWeights(cfg.model, 7)
             engine.write(source)
             held = dict.fromkeys(source, 0)
@@ -136,20 +142,6 @@ def poisoned(ranks: Ranks, folder: Path) -> None:
             for name, value in weights(engine).items():
                 assert torch.equal(value, before[name]), (precision, stage, name)
             assert engine.step(tiny.micro_batches(cfg, plan, 3, ranks.rank), lr=1e-2).applied
-
-
-def test_what_we_touch_of_deepspeed_is_still_there(tmp_path: Path) -> None:
-    on_ranks(2, touched, tmp_path)
-
-
-def touched(ranks: Ranks, folder: Path) -> None:
-    import deepspeed.ops
-
-    assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
-    for precision in ("fp32", "bf16"):
-        for stage in STAGES:
-            engine, _ = make_engine(config(stage, precision, None, 0), ranks, folder)
-            assert private_api.missing(engine._engine) == [], (precision, stage)
 
 
 def test_gradient_norm_is_that_of_the_global_batch_before_clipping(tmp_path: Path) -> None:
