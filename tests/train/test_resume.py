@@ -98,9 +98,10 @@ def test_resume_equals_uninterrupted_bit_for_bit(digits: Path, tmp_path: Path) -
         (config(tmp_path / f"stopped-{s}-{p}", digits, s, p), chance.randrange(1, TOTAL - 2))
         for s, p in CASES
     ]
-    first, second = on_ranks(2, many, golden + stopped)
-    assert first == second
-    assert all(status == "interrupted" and step < TOTAL for status, step in first[len(golden) :])
+    on_ranks(2, many, golden)  # processes of their own: zero.Init leaves its own F.linear behind in one
+    ends = on_ranks(2, many, stopped)
+    assert ends[0] == ends[1]
+    assert all(status == "interrupted" and step < TOTAL for status, step in ends[0])
     assert on_ranks(2, many, [(cfg, 10**9) for cfg, _ in stopped])[0] == [("finished", TOTAL)] * len(CASES)
     for (whole, _), (parts, _) in zip(golden, stopped, strict=True):
         expected, got = final(Path(whole.run.dir)), final(Path(parts.run.dir))
