@@ -1,12 +1,14 @@
 """The index beside a shard, `X.tar.idx`: where each sample lies in the tar, and a checksum of its bytes.
 
-Little endian. A header of 64 bytes:
+Little endian. A header of 64 bytes, then a row of 12 bytes for each sample, in the order of the tar:
 
-    8s   magic            4s.. version (uint32), uint32 number of samples, uint64 bytes of the tar,
-    32s  sha256 of the tar, 4 bytes of zeros, uint32 crc32 of the 60 bytes before and of the table
-
-then 12 bytes a sample, in the order of the tar: uint32 offset of its first header in blocks of 512 bytes, uint32
-length in bytes of all its members with headers and padding, uint32 crc32 of those bytes.
+    header   8 bytes  magic                        row   uint32  offset of its first header, in blocks of 512 bytes
+             uint32   version                            uint32  bytes of its members with headers and padding
+             uint32   number of samples                  uint32  crc32 of those bytes
+             uint64   bytes of the tar
+             32 bytes sha256 of the tar
+             4 bytes  zeros
+             uint32   crc32 of the 60 bytes before and of all rows
 """
 
 import struct

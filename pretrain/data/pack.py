@@ -91,6 +91,7 @@ def pack(
     All is written aside and renamed at the end: `out` is whole or it is what it was. Raises `DataError` where it
     exists and `overwrite` is false.
     """
+    out = out.resolve()  # `.` has no name to put a folder beside
     _refuse_to_replace(out, overwrite)
     splits = _split(source.splits, val_share, seed)
     aside = out.with_name(f".{out.name}.partial")
@@ -125,14 +126,19 @@ def _refuse_to_replace(out: Path, overwrite: bool) -> None:
 
 
 def _publish(aside: Path, out: Path) -> None:
+    """Put `aside` in the place of `out`; where that fails, `out` is put back."""
     if not out.exists():
         aside.rename(out)
         return
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     out.rename(old)
-    aside.rename(out)
-    shutil.rmtree(old)
+    try:
+        aside.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _split(splits: dict[str, list[Item]], val_share: float, seed: int) -> dict[str, list[Item]]:

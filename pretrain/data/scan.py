@@ -45,8 +45,8 @@ def index_folder(
 ) -> Manifest:
     """Write the index of every `*.tar` in `folder`, in the order of their names, and the manifest. Returns it.
 
-    on_shard: called with each tar that is done. Raises `DataError` for a tar that cannot be trusted; the files that
-    are there stay as they were.
+    on_shard: called with each tar that is done. Raises `DataError` for a tar that cannot be trusted; a manifest that
+    is there stays as it was.
     """
     tars = sorted(folder.glob("*.tar"))
     if not tars:
