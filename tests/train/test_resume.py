@@ -35,7 +35,6 @@ def config(
         "train": {
             "global_batch": 22, "micro_batch": 6, "total_steps": TOTAL, "log_every_steps": 5, "eval_every_steps": 6,
         },
-        "optim": {"layer_decay": 0.8 if stage % 2 else 1.0},
         "engine": {"zero_stage": stage, "precision": precision},
         "tracking": {"uri": None},
     }  # fmt: skip
