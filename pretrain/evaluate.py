@@ -61,7 +61,7 @@ def _score(source: "WeightsFile", dataset: "Dataset", batch: int, ranks: "Ranks"
     from tqdm import tqdm
 
     from pretrain.batch import Batch
-    from pretrain.config import resolve
+    from pretrain.config import OptimConfig, TrainConfig, resolve
     from pretrain.data import facts
     from pretrain.data.loader import EvalLoader
     from pretrain.hardware import detect
@@ -76,11 +76,11 @@ def _score(source: "WeightsFile", dataset: "Dataset", batch: int, ranks: "Ranks"
         return logits
 
     config = source.config
-    batches = config.train.model_copy(update={"global_batch": batch * ranks.size, "micro_batch": batch})
+    # A plan for nothing but the batches: the run's own length and warm-up mean nothing on a validation set.
+    batches = TrainConfig(global_batch=batch * ranks.size, micro_batch=batch, total_steps=1)
     data = config.data.model_copy(update={"lanes": None})
-    plan = resolve(
-        config.model_copy(update={"train": batches, "data": data}), ranks.size, facts(dataset, None), detect()
-    )
+    alike = config.model_copy(update={"train": batches, "data": data, "optim": OptimConfig(lr=1.0)})
+    plan = resolve(alike, ranks.size, facts(dataset, None), detect())
     with EvalLoader(dataset, data, source.model, plan, rank=ranks.rank) as loader:
         shown = tqdm(loader, desc="evaluating", unit="batch", disable=None if ranks.is_main else True)
         return score(forward, shown, config, len(dataset), ranks)

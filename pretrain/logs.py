@@ -7,6 +7,7 @@ stdout; `quiet_stdout` sends them to the rank's log file.
 import contextlib
 import logging
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,12 @@ def redirect(library: str, path: Path) -> None:
         logger.removeHandler(handler)
     _attach(logger, logging.FileHandler(path), _FORMAT)
     logger.propagate = False
+
+
+def to_file_only(path: Path, error: BaseException) -> None:
+    """Append an error with its traceback to a rank's log file, and say nothing on the terminal."""
+    with path.open("a") as file:
+        file.writelines(traceback.format_exception(error))
 
 
 @contextlib.contextmanager

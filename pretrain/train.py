@@ -16,7 +16,6 @@ import click
 from pretrain import command, logs, run_dir, world
 from pretrain.config import Config, load
 from pretrain.errors import PeerError, UserError
-from pretrain.logs import log
 
 INTERRUPTED = 75
 """EX_TEMPFAIL: an unfinished run must not look finished to `train && export`."""
@@ -64,9 +63,9 @@ def _train(place: world.World, path: Path, overrides: tuple[str, ...], allow_cha
         run_dir.record_failure(directory, place.rank, str(error))
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
     except RuntimeError as error:
-        log.debug("failed", exc_info=True)
         if place.size > 1 and _LOST_PEER.search(str(error)):
-            raise PeerError(_words_of_culprit(directory, place)) from error
+            logs.to_file_only(log_file, error)
+            raise PeerError(f"{_words_of_culprit(directory, place)}\n  {_first_line(error)}") from error
         run_dir.record_failure(directory, place.rank, f"{type(error).__name__}: {error}")
         raise
 
@@ -80,6 +79,10 @@ def _join_and_train(place: world.World, config: Config, directory: Path, log_fil
     with stop.on_signals() as flag, joined(place, device_of(place), config.engine.timeout_seconds) as ranks:
         outcome = run_stage(config, ranks, directory, log_file, flag)
     return 0 if outcome.status == "finished" else INTERRUPTED
+
+
+def _first_line(error: RuntimeError) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
 
 
 def _words_of_culprit(directory: Path, place: world.World) -> str:

@@ -193,7 +193,7 @@ class Trainer:
             if self.ranks.is_main:
                 if best:
                     mark_best(self.run_dir, folder)
-                prune(self.run_dir, self.config.checkpoint.keep)
+                prune(self.run_dir, self.config.checkpoint.keep, self.step)
                 log.debug("saved %s", folder)
             self._track({"perf/save_seconds": time.perf_counter() - began})
 

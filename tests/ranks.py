@@ -90,7 +90,9 @@ def _run(
 ) -> None:
     torch.set_num_threads(1)
     try:
-        with joined(world, torch.device(device), timeout_seconds=collective) as ranks:
+        with joined(
+            world, torch.device(device, 0 if device == "cuda" else None), timeout_seconds=collective
+        ) as ranks:
             answer = (True, function(ranks, *args))
     except BaseException:
         answer = (False, f"rank {world.rank}:\n{traceback.format_exc()}")

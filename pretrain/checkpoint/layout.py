@@ -110,7 +110,9 @@ def resolve(path: Path, which: str) -> Path:
             f"{path} holds no checkpoint: give a run directory with checkpoints/ or a step_N folder of one"
         )
     if which == "last":
-        return known[-1]
+        return (
+            pointer(path, LATEST) or known[-1]
+        )  # a damaged one that the run fell back from may have a later step
     best = pointer(path, BEST)
     if best is None:
         raise CheckpointError(

@@ -82,10 +82,15 @@ def mark_best(run_dir: Path, folder: Path) -> None:
     layout.point(run_dir, layout.BEST, folder)
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Rank 0: delete all but the newest `keep` checkpoints and the best one, and what killed saves left."""
-    spared = {layout.pointer(run_dir, layout.BEST), *layout.checkpoints(run_dir)[-keep:]}
-    for folder in layout.checkpoints(run_dir):
+def prune(run_dir: Path, keep: int, step: int) -> None:
+    """Rank 0: delete all but the newest `keep` checkpoints and the best one, and what killed saves left.
+
+    step: of the checkpoint just saved. Later ones are damaged ones that the run fell back from: they count for nothing
+    and stay where they are until the run comes past them.
+    """
+    known = [folder for folder in layout.checkpoints(run_dir) if layout.step_of(folder) <= step]
+    spared = {layout.pointer(run_dir, layout.BEST), *known[-keep:]}
+    for folder in known:
         if folder not in spared:
             _remove(folder)
     for left in (run_dir / layout.FOLDER).glob("step_*.*"):

@@ -169,12 +169,33 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     on_ranks(1, write_three, tmp_path)
     mark_best(tmp_path, folder_of(tmp_path, 1))
     folder_of(tmp_path, 4).with_suffix(".tmp").mkdir()
-    prune(tmp_path, keep=1)
+    prune(tmp_path, keep=1, step=3)
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001", "step_00000003"]
     assert pointer(tmp_path, BEST) == folder_of(tmp_path, 1)
     assert not folder_of(tmp_path, 4).with_suffix(".tmp").exists()
     assert open_weights(tmp_path, "best").metrics == {"val/top1": 0.1}
     assert open_weights(tmp_path).step == 3
+
+
+def fall_back_and_save(ranks: Ranks, run: Path) -> None:
+    """Steps 2 and 3 are damaged: go on from step 1, but save half-way to them, at step 2, and prune to one."""
+    engine, plan = make_engine(config(1, "fp32", None, 0), ranks, run)
+    found = newest_valid(run, ranks)
+    assert found is not None
+    assert found.manifest.step == 1
+    engine.restore(found.read, found.manifest.optimizer_steps)
+    losses_of(engine, plan, ranks, 1, 2)
+    save(run, content(engine, plan, 2), ranks)
+    prune(run, keep=1, step=2)
+
+
+def test_what_is_saved_after_a_fallback_is_kept_and_is_the_last(tmp_path: Path) -> None:
+    on_ranks(1, write_three, tmp_path)
+    for step in (2, 3):
+        _cut(folder_of(tmp_path, step) / "rank_00000.safetensors")
+    on_ranks(1, fall_back_and_save, tmp_path)
+    assert on_ranks(1, which_loads, tmp_path) == [2]
+    assert open_weights(tmp_path).step == 2
 
 
 def killed_in_save(ranks: Ranks, run: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from test_bad_input import write
 from test_resume import TOTAL, config
 
@@ -70,6 +71,18 @@ def test_plain_python_stopped_by_ctrl_c_exits_75_and_goes_on(digits: Path, tmp_p
     assert "the same command goes on from there" in words
     assert subprocess.run([*TRAIN, path], capture_output=True).returncode == 0
     assert status(tmp_path / "run")["step"] == TOTAL
+
+
+def test_evaluate_needs_nothing_of_the_training_s_length(digits: Path, tmp_path: Path) -> None:
+    length = {"total_steps": None, "total_epochs": 1.0, "micro_batch": None}
+    cfg = config(tmp_path / "run", digits, train=length, optim={"warmup_steps": 20})
+    assert subprocess.run([*TRAIN, write(cfg, tmp_path)], capture_output=True).returncode == 0
+    command = [sys.executable, "-m", "pretrain", "evaluate", str(tmp_path / "run"), "--json"]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    trained = status(tmp_path / "run")["scores"]
+    assert isinstance(trained, dict)
+    assert json.loads(shown.stdout)["val/loss"] == pytest.approx(trained["val/loss"], abs=1e-5)
 
 
 def test_the_demo_in_its_smoke_mode(tmp_path: Path) -> None:
