@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from pretrain.errors import PeerError, UserError
+from pretrain.errors import ConfigError, PeerError, UserError
 from pretrain.world import World
 
 T = TypeVar("T")
@@ -90,7 +90,8 @@ class Ranks:
 def joined(world: World, device: torch.device, timeout_seconds: int) -> Iterator[Ranks]:
     """Join the job's process groups, and leave them at the end. All ranks.
 
-    Any collective that takes longer than `timeout_seconds` raises on the ranks that wait.
+    A collective that takes longer than `timeout_seconds` ends the ranks that wait: over gloo it raises, over NCCL
+    torch's watchdog logs it and aborts the process. Raises `ConfigError` where two ranks would share a GPU.
     """
     timeout = timedelta(seconds=timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -106,7 +107,9 @@ def joined(world: World, device: torch.device, timeout_seconds: int) -> Iterator
     try:
         control = dist.new_group(backend="gloo", timeout=timeout)
         assert isinstance(control, dist.ProcessGroup)  # every rank is a member
-        yield Ranks(world, device, control)
+        ranks = Ranks(world, device, control)
+        _refuse_shared_devices(ranks)
+        yield ranks
     finally:
         dist.destroy_process_group()
 
@@ -119,6 +122,28 @@ def device_of(world: World) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", world.local_rank if torch.cuda.device_count() > 1 else 0)
+
+
+def _refuse_shared_devices(ranks: Ranks) -> None:
+    """NCCL would say it at the first collective, in words about ncclInvalidUsage."""
+    mine = None
+    if ranks.device.type == "cuda":
+        mine = str(torch.cuda.get_device_properties(ranks.device).uuid)
+    sharing = shared(ranks.gather(mine))
+    if sharing:
+        raise ConfigError(
+            f"ranks {' and '.join(map(str, sharing[0]))} use the same GPU; start one process for each GPU "
+            "(one GPU: plain `python -m pretrain.train`)."
+        )
+
+
+def shared(devices: Sequence[str | None]) -> list[list[int]]:
+    """Groups of ranks that name the same device; None (a CPU) is shared by right."""
+    users: dict[str, list[int]] = {}
+    for rank, device in enumerate(devices):
+        if device is not None:
+            users.setdefault(device, []).append(rank)
+    return [ranks for ranks in users.values() if len(ranks) > 1]
 
 
 class StepFacts(NamedTuple):

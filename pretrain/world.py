@@ -45,6 +45,7 @@ def from_environment(env: Mapping[str, str]) -> World:
     if "RANK" in env:
         world = _from_names(env, "launcher", "RANK", "WORLD_SIZE", "LOCAL_RANK")
     elif "SLURM_STEP_NUM_TASKS" in env:
+        _require_address(env)
         world = _from_names(env, "srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     else:
         _refuse_silent_single_process(env)
@@ -79,6 +80,17 @@ def _from_names(env: Mapping[str, str], launcher: str, rank: str, size: str, loc
     return World(
         facts[rank], facts[size], facts[local_rank], env.get("MASTER_ADDR", "127.0.0.1"), int(port), launcher
     )
+
+
+def _require_address(env: Mapping[str, str]) -> None:
+    """srun says nothing of where the ranks meet: on several nodes they would wait for one another for ever."""
+    nodes = env.get("SLURM_STEP_NUM_NODES", "1")
+    if nodes != "1" and "MASTER_ADDR" not in env:
+        raise ConfigError(
+            f"srun started this step on {nodes} nodes, but MASTER_ADDR is not set: the ranks cannot find each other.\n"
+            "  In the batch script: export MASTER_PORT=29500 MASTER_ADDR=$(scontrol show hostnames "
+            '"$SLURM_JOB_NODELIST" | head -n 1)'
+        )
 
 
 def _refuse_silent_single_process(env: Mapping[str, str]) -> None:

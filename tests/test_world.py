@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.distributed import shared
 from pretrain.errors import ConfigError
 from pretrain.world import EXPECTED_WORLD, World, from_environment
 
@@ -41,6 +42,22 @@ def test_a_slurm_step_is_read() -> None:
 def test_a_batch_shell_of_slurm_is_not_a_rank() -> None:
     batch_shell = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}
     assert from_environment(batch_shell).size == 1
+
+
+def test_a_slurm_step_on_several_nodes_says_where_its_ranks_meet() -> None:
+    nodes = {name: value for name, value in SRUN.items() if name != "MASTER_ADDR"} | {
+        "SLURM_STEP_NUM_NODES": "2"
+    }
+    with pytest.raises(ConfigError, match="export MASTER_PORT=29500 MASTER_ADDR="):
+        from_environment(nodes)
+    assert from_environment(nodes | {"MASTER_ADDR": "node-0"}).size == 4
+    assert from_environment(nodes | {"SLURM_STEP_NUM_NODES": "1"}).master_addr == "127.0.0.1"
+
+
+def test_ranks_on_one_gpu_are_noticed_and_cpus_are_shared() -> None:
+    assert shared(["a", "b", "a", "c", "b"]) == [[0, 2], [1, 4]]
+    assert shared(["a", "b"]) == []
+    assert shared([None, None]) == []
 
 
 def test_a_launcher_inside_a_slurm_step_wins() -> None:
