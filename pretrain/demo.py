@@ -5,12 +5,12 @@ embedding resized, evaluated, exported, the export loaded again and compared; al
 was interrupted goes on where it stopped. `--smoke` does the same in a minute, on handwritten digits.
 """
 
+import hashlib
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,8 @@ CLONE = Path(__file__).absolute().parents[1]
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
 PACKAGE = "dataset-fashion-mnist"
 GOAL = 0.80
-"""Top-1 that the fine-tuned model passes on Fashion-MNIST, besides beating the pretrained one."""
+"""Top-1 that the fine-tuned model passes on Fashion-MNIST, besides beating the pretrained one. Other images are
+whatever they are: for them the demo only shows the numbers."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Setting:
 
 
 FULL = Setting("demo", ())
+DIGITS = Setting("demo-digits", ())
 SMOKE = Setting("demo-smoke", ("train.total_steps=6", "train.eval_every_steps=6", "train.log_every_steps=2",
                                "optim.warmup_steps=2", "checkpoint.every_steps=3"))  # fmt: skip
 
@@ -61,9 +63,13 @@ SMOKE = Setting("demo-smoke", ("train.total_steps=6", "train.eval_every_steps=6"
 def demo(smoke: bool, data: Path | None) -> None:
     """Run the whole product on a small real data set: 5 to 10 minutes on two CPU cores."""
     began = time.monotonic()
+    source = data.resolve() if data else None  # it was given from another folder, perhaps
     os.chdir(CLONE)
-    say, setting = Console(stderr=True), SMOKE if smoke else FULL
-    _pack(setting, data, say)
+    say = Console(stderr=True)
+    source, setting = (source, _own(source)) if source else _shipped(smoke, say)
+    if smoke:
+        setting = Setting(setting.name if data is None else f"{setting.name}-smoke", SMOKE.overrides)
+    _pack(setting, source, say)
     classes = _classes(setting)
     _train(setting, "pretrain", classes, say)
     _train(setting, "finetune", classes, say)
@@ -74,11 +80,23 @@ def demo(smoke: bool, data: Path | None) -> None:
     _summary(setting, say, time.monotonic() - began)
 
 
-def _pack(setting: Setting, data: Path | None, say: Console) -> None:
+def _own(images: Path) -> Setting:
+    """A folder of the user's has a demo of its own, which no other folder's is taken for."""
+    return Setting(f"demo-{images.name}-{hashlib.sha256(str(images).encode()).hexdigest()[:6]}", ())
+
+
+def _shipped(smoke: bool, say: Console) -> tuple[Path, Setting]:
+    """Images that can be had on any machine."""
+    if smoke:
+        return _digits(), SMOKE
+    fashion = _fashion_mnist(say)
+    return (_digits(), DIGITS) if fashion is None else (fashion, FULL)
+
+
+def _pack(setting: Setting, source: Path, say: Console) -> None:
     """Images to data/NAME/train and data/NAME/val, unless they are there."""
     if (setting.shards / "train" / "manifest.json").is_file():
         return
-    source = data or (_digits() if setting is SMOKE else _fashion_mnist(say) or _digits())
     split = any(source.glob("*-idx3-ubyte*")) or (source / "train").is_dir()
     share = () if split else ("--val-share", "0.2")
     arguments = ("shards", "pack", str(source), str(setting.shards), "--shards", "8", *share)
@@ -139,34 +157,36 @@ def _train(setting: Setting, stage: str, classes: int, say: Console) -> None:
     overrides += [f"model.num_classes={classes}"]
     if stage == "finetune":
         overrides += [f"init.from={setting.run('pretrain')}"]
+    processes = _processes()
     launcher = ("-m", "accelerate.commands.launch", "--config_file", "launch/single_node.yaml")
-    needed = _changed(overrides) if setting is FULL else overrides
+    needed = () if setting is FULL else overrides  # what its configs say anyway
     what = {"pretrain": "pretrain at low resolution", "finetune": "fine-tune at high resolution"}[stage]
     _run(
         say,
-        f"{what}, two processes",
-        *launcher,
+        f"{what}, {processes} process{'es' if processes > 1 else ''}",
+        *(launcher if processes > 1 else ()),
         "-m",
         "pretrain.train",
         config,
         *needed,
-        env={EXPECTED_WORLD: "2"},
+        env={EXPECTED_WORLD: str(processes)},
     )
 
 
-def _changed(overrides: Sequence[str]) -> list[str]:
-    """Overrides of the full demo that are not what its configs say anyway."""
-    return [
-        override
-        for override in overrides
-        if override.startswith("model.") and override != "model.num_classes=10"
-    ]
+def _processes() -> int:
+    """Two, as the launcher's file says; one on a machine with a single GPU, which two ranks cannot share."""
+    import torch
+
+    return 1 if torch.cuda.device_count() == 1 else 2
 
 
 def _run(say: Console, what: str, *arguments: str, env: dict[str, str] | None = None) -> None:
     """Show a step and the command that does it; stop the demo if it fails."""
     shown = shlex.join(arguments).replace("-m accelerate.commands.launch", "accelerate launch")
-    shown = shown.replace("-m pretrain ", "pretrain ", 1) if "pretrain.train" not in shown else shown
+    if arguments[1] == "pretrain":
+        shown = shown.replace("-m pretrain ", "pretrain ", 1)
+    elif arguments[1] == "pretrain.train":
+        shown = f"python {shown}"
     say.rule(f"[bold]{what}")
     say.print(f"$ {shown}", style="cyan", highlight=False, soft_wrap=True)
     ended = subprocess.run([sys.executable, *arguments], env=os.environ | (env or {}), check=False)
