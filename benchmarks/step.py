@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from pretrain import logs
 from pretrain.batch import Batch
 from pretrain.config import Config, Plan, resolve
 from pretrain.config.plan import DataFacts
@@ -195,7 +196,8 @@ def _timm(config: Config) -> nn.Module:
 
 
 def _engine(config: Config, plan: Plan, batch: Batch, ranks: Ranks, folder: Path) -> Callable[[], Tensor]:
-    engine = Engine(config, plan, ranks, folder / "engine.log")
+    with logs.quiet_stdout(folder / "engine.log"):
+        engine = Engine(config, plan, ranks, folder / "engine.log")
     engine.write(InitialWeights(config.model, 0))
     return lambda: engine.step([batch], LR).loss_sum / len(batch)
 

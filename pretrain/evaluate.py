@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from pretrain.distributed import Ranks
     from pretrain.score import Scores
 
+TIMEOUT_SECONDS = 600
+"""A rank that keeps the others waiting for longer has failed."""
+
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
@@ -40,16 +43,20 @@ def evaluate(run: Path, which: str, shards: str | None, batch: int, as_json: boo
     if place.is_main:
         logs.to_stderr()
 
-    from pretrain.checkpoint.load import open_weights
+    from pretrain.checkpoint.load import open_weights_together
     from pretrain.data import open_dataset
     from pretrain.distributed import device_of, joined
 
-    source = open_weights(run, which)
-    if shards is None and source.config.data.val is None:
-        raise ConfigError(f"the config of {run} names no data.val; say what to evaluate on with --shards")
-    dataset = open_dataset(shards or source.config.data.val.shards)  # type: ignore[union-attr]
-    dataset.require_classes(source.model.num_classes)
-    with joined(place, device_of(place), source.config.engine.timeout_seconds) as ranks:
+    with joined(place, device_of(place), TIMEOUT_SECONDS) as ranks:
+        source = open_weights_together(run, which, ranks)
+        with ranks.together():
+            val = source.config.data.val
+            if shards is None and val is None:
+                raise ConfigError(
+                    f"the config of {run} names no data.val; say what to evaluate on with --shards"
+                )
+            dataset = open_dataset(shards or val.shards)  # type: ignore[union-attr]
+            dataset.require_classes(source.model.num_classes)
         scores = _score(source, dataset, batch, ranks)
     if place.is_main:
         facts = {"checkpoint": str(source.path), "step": source.step, "digest": dataset.digest}

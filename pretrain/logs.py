@@ -1,7 +1,7 @@
 """Where words go: one log file per rank in the run directory; rank 0 also speaks on stderr.
 
 Standard output stays free for what a command was asked to print. DeepSpeed writes warnings and bare prints to
-stdout; `quiet_stdout` sends them to the rank's log file.
+stdout at any time; `quiet_stdout` sends them to the rank's log file.
 """
 
 import contextlib

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from pretrain.config import Config, ModelConfig, Plan, load, resolve
+from pretrain.config.idle import idle_settings
 from pretrain.config.plan import Hardware
 from pretrain.errors import ConfigError
 
@@ -83,6 +84,8 @@ def plan(
     else:
         resolved = _resolve(settings, world_size or 1, _this_machine())
     _print(f"Plan of {config}", [*resolved.table(), *_needs(settings.model, resolved)])
+    for words in idle_settings(settings):
+        click.echo(f"Note: {words}", err=True)
     if gpu_memory is not None:
         click.echo(_verdict(settings.model, resolved, gpu_memory))
 

@@ -3,40 +3,28 @@
 config.yaml   the resolved config of the latest attempt; reloads to the same object
 plan.json     the resolved plan of the latest attempt
 status.json   how the run stands: running, interrupted, finished or failed, at which step, with which scores
-handoff.json  where `init.from` is set: what became of each weight
+handoff.json  where `init.from` is set: the checkpoint that was taken, and what became of each weight
 metrics.jsonl, tracking/   the journal and its delivery to MLflow
 logs/         one file per rank
 checkpoints/  see `pretrain.checkpoint`
 """
 
+import contextlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pretrain.checkpoint.layout import checkpoints, replace_file
-from pretrain.config import Config, Plan, dump, load
-from pretrain.config.resume import changed_keys
-from pretrain.errors import ConfigError, RunDirError
+from pretrain.checkpoint.layout import checkpoints, config_of, read_manifest, replace_file
+from pretrain.config import Config, Plan, dump
+from pretrain.config.resume import FIXED, Refused, changed_keys, refused
+from pretrain.errors import CheckpointError, ConfigError, RunDirError
 
 CONFIG = "config.yaml"
 PLAN = "plan.json"
 STATUS = "status.json"
 HANDOFF = "handoff.json"
-
-FIXED = (
-    "run.seed",
-    "data.train",
-    "data.lanes",
-    "data.block_mib",
-    "data.window_blocks",
-    "model",
-    "optim.name",
-    "train.global_batch",
-    "init",
-)
-"""Keys that no option lets change within a run: another order of samples, another model, another beginning."""
 
 Status = Literal["running", "interrupted", "finished", "failed"]
 
@@ -55,19 +43,23 @@ def check_writable(run_dir: Path) -> None:
 
 
 def check_resumable(run_dir: Path, config: Config, allowed: Sequence[str]) -> None:
-    """Raise `ConfigError` if the run here was started under settings that this config changes.
+    """Raise `ConfigError` if the newest checkpoint here was made under settings that this config changes.
 
-    allowed: keys that the user says may change, besides those that always may (`pretrain.config.resume`).
+    allowed: keys that the user says may change, besides those that always may (`pretrain.config.resume`). Reads one
+    manifest and verifies nothing: it is here to answer before anything heavy starts. Any rank.
     """
-    if not checkpoints(run_dir) or not (run_dir / CONFIG).is_file():
-        return  # nothing was learnt here yet
-    changes = changed_keys(load(run_dir / CONFIG), config)
-    refused = [
-        c for c in changes if _under(c.partition(":")[0], FIXED) or not _under(c.partition(":")[0], allowed)
-    ]
-    if refused:
+    for folder in reversed(checkpoints(run_dir)):
+        with contextlib.suppress(CheckpointError):  # a damaged one, which the run will pass over too
+            refuse_changes(run_dir, changed_keys(config_of(read_manifest(folder), folder), config), allowed)
+            return
+
+
+def refuse_changes(run_dir: Path, changes: Sequence[Refused], allowed: Sequence[str]) -> None:
+    """Raise `ConfigError` for changes that a resume cannot take or was not told to take."""
+    words = refused(changes, allowed)
+    if words:
         raise ConfigError(
-            f"{run_dir} holds a run with other settings:\n  " + "\n  ".join(refused) + "\n"
+            f"{run_dir} holds a run with other settings:\n  " + "\n  ".join(words) + "\n"
             "Take the old values to resume it, or set run.dir to begin another run. Keys outside of "
             f"{', '.join(FIXED)} can be changed on purpose with --allow-change KEY."
         )
@@ -76,6 +68,15 @@ def check_resumable(run_dir: Path, config: Config, allowed: Sequence[str]) -> No
 def write_config(run_dir: Path, config: Config, plan: Plan) -> None:
     replace_file(run_dir / CONFIG, dump(config))
     replace_file(run_dir / PLAN, json.dumps(plan.as_dict(), indent=1) + "\n")
+
+
+def write_hand_off(
+    run_dir: Path, checkpoint: str, step: int, digest: str, report: Sequence[tuple[str, str, str]]
+) -> None:
+    """What the first weights were made of. report: (weight, what became of it, how)."""
+    rows = [dict(zip(("name", "action", "detail"), row, strict=True)) for row in report]
+    facts = {"checkpoint": checkpoint, "step": step, "sha256": digest, "weights": rows}
+    replace_file(run_dir / HANDOFF, json.dumps(facts, indent=1) + "\n")
 
 
 def write_status(run_dir: Path, status: Status, step: int, **facts: Any) -> None:
@@ -110,7 +111,3 @@ def forget_failure(run_dir: Path, rank: int) -> None:
 
 def _failure(run_dir: Path, rank: int) -> Path:
     return run_dir / "logs" / f"rank_{rank}.failure"
-
-
-def _under(key: str, prefixes: Sequence[str]) -> bool:
-    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)

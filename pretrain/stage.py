@@ -1,7 +1,6 @@
 """One attempt at one stage, put together: data, plan, engine, first weights, tracking, loop, conclusion."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,16 @@ from rich.table import Table
 
 from pretrain import run_dir
 from pretrain.checkpoint import checkpoints
-from pretrain.checkpoint.layout import step_of
-from pretrain.checkpoint.load import Slices, newest_valid, open_weights
+from pretrain.checkpoint.layout import config_of, step_of
+from pretrain.checkpoint.load import Slices, WeightsFile, newest_valid, open_weights_together
 from pretrain.config import Config, InitConfig, Plan, resolve
-from pretrain.config.resume import flatten
+from pretrain.config.idle import idle_settings
+from pretrain.config.resume import adapted, changed_keys, changed_numbers, flatten
 from pretrain.data import Dataset, facts, open_dataset
 from pretrain.data.loader import EvalLoader, TrainLoader
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
-from pretrain.errors import CheckpointError, DataError
+from pretrain.errors import CheckpointError, ConfigError, DataError
 from pretrain.hardware import detect
 from pretrain.logs import log
 from pretrain.metrics import Meter, peak_flops
@@ -28,7 +28,7 @@ from pretrain.model import InitialWeights, forward_flops, num_parameters
 from pretrain.stop import StopFlag
 from pretrain.tracking import Tracker
 from pretrain.trainer import Outcome, Start, Trainer
-from pretrain.transfer import Row, Transfer, transfer
+from pretrain.transfer import Transfer, transfer
 
 TRAIN_FLOPS_FACTOR = 3
 """A training step's matrix products as a multiple of the forward pass's: one forward, two backward."""
@@ -40,34 +40,56 @@ class Data:
     val: Dataset | None
 
 
-def run_stage(config: Config, ranks: Ranks, directory: Path, log_file: Path, stop: StopFlag) -> Outcome:
-    """Start or resume the stage in `directory` and train it to its end or to a stop. All ranks."""
+@dataclass(frozen=True)
+class _HandOff:
+    source: WeightsFile
+    transfer: Transfer
+
+
+def run_stage(
+    config: Config,
+    ranks: Ranks,
+    directory: Path,
+    log_file: Path,
+    stop: StopFlag,
+    allow_change: Sequence[str] = (),
+) -> Outcome:
+    """Start or resume the stage in `directory` and train it to its end or to a stop. All ranks.
+
+    allow_change: keys of the config that the user says may differ from those that the run was trained with.
+    """
     with ranks.together():
         data = _open_data(config)
-    plan = resolve(config, ranks.size, facts(data.train, data.val), detect())
+        plan = resolve(config, ranks.size, facts(data.train, data.val), detect())
+    agree(plan, ranks)
     found = newest_valid(directory, ranks)
-    start = Start() if found is None else _start_at(found, plan, data.train)
+    start = Start()
+    if found is not None:
+        start = _start_at(found, config, plan, data.train, allow_change)
     with ExitStack() as stack:
         tracker = None
         with ranks.together():
             if ranks.is_main:
                 tracker = _start_tracking(config, plan, data, start, directory)
-        if tracker is not None:
-            stack.push(lambda kind, *_: _fail(directory, tracker) if kind else None)
-            run_dir.write_config(directory, config, plan)
-            run_dir.write_status(directory, "running", start.step, attempt=tracker.attempt)
-            _announce(plan, config, start)
+                stack.push(lambda kind, *_: _fail(directory, tracker) if kind else None)
+                run_dir.write_config(directory, config, plan)
+                run_dir.write_status(directory, "running", start.step, attempt=tracker.attempt)
+                _announce(plan, config, start)
         handed = None
         if found is None and config.init is not None:
-            with ranks.together():
-                handed = _hand_off(config, config.init)
+            handed = _hand_off(config, config.init, ranks)
         engine = Engine(config, plan, ranks, log_file)
         if found is not None:
             engine.restore(found.read, found.manifest.optimizer_steps)
+            found.close()
+        elif handed is not None:
+            engine.write(handed.transfer.weights)
+            handed.source.slices.close()
+            with ranks.together():
+                if tracker is not None:
+                    _show_hand_off(handed, directory, tracker)
         else:
-            engine.write(handed.weights if handed else InitialWeights(config.model, config.run.seed))
-        if tracker is not None and handed is not None:
-            _show_hand_off(handed.as_table(), directory, tracker)
+            engine.write(InitialWeights(config.model, config.run.seed))
         batches = stack.enter_context(
             TrainLoader(data.train, config.data, config.model, plan, seed=config.run.seed, rank=ranks.rank)
         )
@@ -106,8 +128,22 @@ def _open_data(config: Config) -> Data:
     return Data(train, val)
 
 
-def _start_at(found: Slices, plan: Plan, train: Dataset) -> Start:
-    """Where the checkpoint left off; refuses to go on with other data."""
+def agree(plan: Plan, ranks: Ranks) -> None:
+    """See that all ranks resolved the same plan: hardware, or what they see of the data, may differ between nodes."""
+    main: dict[str, Any] = ranks.broadcast(plan.as_dict())
+    differing = [f"{k}: {main[k]} on rank 0, {v} here" for k, v in plan.as_dict().items() if main[k] != v]
+    with ranks.together():
+        if differing:
+            raise ConfigError(
+                f"rank {ranks.rank} resolved another plan than rank 0:\n  " + "\n  ".join(differing) + "\n"
+                "Use nodes of one kind that see the same shards, or set what differs in the config."
+            )
+
+
+def _start_at(
+    found: Slices, config: Config, plan: Plan, train: Dataset, allow_change: Sequence[str]
+) -> Start:
+    """Where the checkpoint left off; refuses to go on with other data, settings or precision."""
     before = found.manifest.data
     if before["digest"] != train.digest:
         raise DataError(
@@ -119,7 +155,16 @@ def _start_at(found: Slices, plan: Plan, train: Dataset) -> Start:
         raise CheckpointError(
             f"{found.folder} has the sample order {before}, this config gives {now}; restore its values"
         )
-    log.info("resuming at step %d from %s", found.manifest.step, found.folder)
+    run = found.folder.parents[1]
+    run_dir.refuse_changes(run, changed_keys(config_of(found.manifest, found.folder), config), allow_change)
+    run_dir.refuse_changes(run, changed_numbers(found.manifest.plan, plan), allow_change)
+    changes = adapted(found.manifest.plan, plan)
+    log.info(
+        "resuming at step %d from %s%s",
+        found.manifest.step,
+        found.folder,
+        f" with {', '.join(changes)}" if changes else "",
+    )
     return Start(found.manifest.step, found.manifest.progress)
 
 
@@ -141,10 +186,12 @@ def _data_state(step: int, plan: Plan, config: Config) -> Mapping[str, Any]:
     } | _order(plan)
 
 
-def _hand_off(config: Config, init: InitConfig) -> Transfer:
-    """The first weights of this stage, made of those that `init.from` names."""
-    source = open_weights(Path(init.source), init.which)
-    return transfer(source.weights, source.model, config.model, init, config.run.seed)
+def _hand_off(config: Config, init: InitConfig, ranks: Ranks) -> _HandOff:
+    """The first weights of this stage, made of those that `init.from` names. All ranks."""
+    source = open_weights_together(Path(init.source), init.which, ranks)
+    with ranks.together():
+        made = transfer(source.weights, source.model, config.model, init, config.run.seed)
+    return _HandOff(source, made)
 
 
 def _meter(config: Config, plan: Plan, ranks: Ranks, start: Start) -> Meter:
@@ -176,14 +223,18 @@ def _announce(plan: Plan, config: Config, start: Start) -> None:
     for what, value in plan.table():
         table.add_row(what, value)
     Console(stderr=True).print(table)
+    for words in idle_settings(config):
+        log.warning(words)
 
 
-def _show_hand_off(report: list[Row], directory: Path, tracker: Tracker) -> None:
-    table = Table("weight", "what became of it", "how", title="hand-off")
+def _show_hand_off(handed: _HandOff, directory: Path, tracker: Tracker) -> None:
+    source, report = handed.source, handed.transfer.as_table()
+    table = Table("weight", "what became of it", "how", title=f"hand-off from {source.path}")
     for row in report:
         table.add_row(*row)
     Console(stderr=True).print(table)
-    (directory / run_dir.HANDOFF).write_text(json.dumps([row._asdict() for row in report], indent=1) + "\n")
+    run_dir.write_hand_off(directory, str(source.path), source.step, source.digest, report)
+    tracker.tags({"init_from_checkpoint": str(source.path), "init_from_digest": source.digest})
     tracker.artifact(Path(run_dir.HANDOFF))
 
 

@@ -56,7 +56,7 @@ def _train(place: world.World, path: Path, overrides: tuple[str, ...], allow_cha
     log_file = logs.to_rank_file(directory, place.rank)
     run_dir.forget_failure(directory, place.rank)
     try:
-        return _join_and_train(place, config, directory, log_file)
+        return _join_and_train(place, config, directory, log_file, allow_change)
     except PeerError:
         raise
     except (UserError, OSError) as error:
@@ -70,14 +70,20 @@ def _train(place: world.World, path: Path, overrides: tuple[str, ...], allow_cha
         raise
 
 
-def _join_and_train(place: world.World, config: Config, directory: Path, log_file: Path) -> int:
+def _join_and_train(
+    place: world.World, config: Config, directory: Path, log_file: Path, allow_change: tuple[str, ...]
+) -> int:
     # torch, DeepSpeed and their friends take seconds to import: not before the config is known to be right
     from pretrain import stop
     from pretrain.distributed import device_of, joined
     from pretrain.stage import run_stage
 
-    with stop.on_signals() as flag, joined(place, device_of(place), config.engine.timeout_seconds) as ranks:
-        outcome = run_stage(config, ranks, directory, log_file, flag)
+    with (
+        logs.quiet_stdout(log_file),
+        stop.on_signals() as flag,
+        joined(place, device_of(place), config.engine.timeout_seconds) as ranks,
+    ):
+        outcome = run_stage(config, ranks, directory, log_file, flag, allow_change)
     return 0 if outcome.status == "finished" else INTERRUPTED
 
 

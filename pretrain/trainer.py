@@ -190,11 +190,11 @@ class Trainer:
                 self.tracker.sync()
             began = time.perf_counter()
             folder = save(self.run_dir, self._content(), self.ranks)
-            if self.ranks.is_main:
-                if best:
-                    mark_best(self.run_dir, folder)
-                prune(self.run_dir, self.config.checkpoint.keep, self.step)
-                log.debug("saved %s", folder)
+            with self.ranks.together():
+                if self.ranks.is_main:
+                    if best:
+                        mark_best(self.run_dir, folder)
+                    prune(self.run_dir, self.config.checkpoint.keep, self.step)
             self._track({"perf/save_seconds": time.perf_counter() - began})
 
     def _point_at_best(self) -> None:

@@ -9,8 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pretrain.config import Config, dump, load
+from pretrain.config.idle import idle_settings
 from pretrain.config.load import MAX_BYTES, parse
-from pretrain.config.resume import MAY_CHANGE, changed_keys, flatten
+from pretrain.config.resume import MAY_CHANGE, changed_keys, flatten, refused
 from pretrain.config.sizes import SIZES
 from pretrain.errors import ConfigError
 
@@ -275,10 +276,43 @@ def test_a_longer_training_and_another_log_interval_may_follow() -> None:
 def test_a_change_of_what_is_computed_is_named(override: str) -> None:
     changes = changed_keys(read(), read(SMALLEST, override))
     key, value = override.split("=")
-    assert any(re.fullmatch(rf"{key}: .* -> '?{value}'?", change) for change in changes)
+    assert any(c.key == key and re.fullmatch(rf"{key}: .* -> '?{value}'?", c.words) for c in changes)
+    assert refused(changes, allowed=[key]) == [c.words for c in changes]  # no option lets these change
+
+
+def test_other_changes_are_refused_until_they_are_allowed() -> None:
+    changes = changed_keys(read(), read(SMALLEST, "optim.lr=0.5", "objective.label_smoothing=0.1"))
+    assert len(refused(changes, [])) == 2
+    assert len(refused(changes, ["optim"])) == 1
+    assert refused(changes, ["optim.lr", "objective.label_smoothing"]) == []
 
 
 def test_every_key_that_may_change_exists() -> None:
     keys = flatten(read(SMALLEST, "init.from=x"))
     for name in MAY_CHANGE:
         assert any(key == name or key.startswith(name + ".") for key in keys), name
+
+
+@pytest.mark.parametrize(
+    ("given", "idle"),
+    [
+        (["optim.name=sgd", "optim.betas=[0.8, 0.9]"], ["optim.betas"]),
+        (["optim.momentum=0.8"], ["optim.momentum"]),
+        (["optim.schedule=constant", "optim.min_lr=1e-4"], ["optim.min_lr"]),
+        (["data.augment.crop=resize", "data.augment.scale=[0.5, 1.0]"], ["data.augment.scale"]),
+        (["data.decode_threads=0", "data.prefetch_steps=5"], ["data.prefetch_steps"]),
+        (["train.eval_every_steps=5", "data.val_crop=0.9"], ["data.val_crop", "train.eval_every_steps"]),
+        (["data.val.shards=x", "train.eval_every_steps=5", "data.val_crop=0.9"], []),
+        (["model.global_pool=avg", "model.pos_embed_order=pe_then_cls"], ["model.pos_embed_order"]),
+        (["init.from=x", "init.position=drop", "init.resize_kernel=bilinear"], ["init.resize_kernel"]),
+        (["tracking.uri=null", "run.campaign=c"], ["run.campaign"]),
+        ([], []),
+    ],
+)
+def test_a_setting_that_cannot_take_effect_is_named(given: list[str], idle: list[str]) -> None:
+    assert [words.partition("=")[0] for words in idle_settings(read(SMALLEST, *given))] == idle
+
+
+def test_a_decay_rate_of_one_is_refused_before_anything_starts() -> None:
+    with pytest.raises(ConfigError, match=r"optim\.betas.*less than 1"):
+        read(SMALLEST, "optim.betas=[0.9, 1.0]")

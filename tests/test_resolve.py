@@ -145,6 +145,12 @@ def test_precision_follows_the_hardware_and_stage_zero_never_uses_deepspeeds_bf1
     assert resolved.precision == ("bf16_autocast" if (stage, expected) == (0, "bf16") else expected)
 
 
+def test_the_table_says_where_auto_took_the_precision_from() -> None:
+    shown = dict(plan("engine.precision=auto", hardware=WITHOUT_BF16).table())["precision"]
+    assert shown == "fp32 (auto: this hardware does not multiply bf16)"
+    assert dict(plan("engine.precision=fp32").table())["precision"] == "fp32 (as set)"
+
+
 def test_the_grid_is_rows_by_columns_and_tokens_count_the_prefix() -> None:
     assert (plan().grid, plan().num_tokens) == ((6, 8), 49)
     assert plan("model.global_pool=avg").num_tokens == 48

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pretrain.config import Config
 from pretrain.errors import CheckpointError
 
 FOLDER = "checkpoints"
@@ -110,9 +111,8 @@ def resolve(path: Path, which: str) -> Path:
             f"{path} holds no checkpoint: give a run directory with checkpoints/ or a step_N folder of one"
         )
     if which == "last":
-        return (
-            pointer(path, LATEST) or known[-1]
-        )  # a damaged one that the run fell back from may have a later step
+        # a damaged one that the run fell back from may have a later step than the one saved last
+        return pointer(path, LATEST) or known[-1]
     best = pointer(path, BEST)
     if best is None:
         raise CheckpointError(
@@ -137,13 +137,32 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             f"{file} has version {body.get('version')}; this release reads version {VERSION}"
         )
-    return Manifest(**body)
+    try:
+        return Manifest(**body)
+    except TypeError as error:
+        raise CheckpointError(
+            f"{file} has other fields than a manifest of version {VERSION}: {error}"
+        ) from None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    body = json.loads(json.dumps(asdict(manifest)))
-    document = {"sha256": hashlib.sha256(_canonical(body)).hexdigest(), "body": body}
+    document = {"sha256": manifest_digest(manifest), "body": asdict(manifest)}
     replace_file(folder / MANIFEST, json.dumps(document, indent=1) + "\n")
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """sha256 of the manifest's content, hex: the identity of a checkpoint, since it names the hash of every file."""
+    return hashlib.sha256(_canonical(json.loads(json.dumps(asdict(manifest))))).hexdigest()
+
+
+def config_of(manifest: Manifest, folder: Path) -> Config:
+    """The config that a checkpoint was written under."""
+    try:
+        return Config.model_validate_json(json.dumps(manifest.config))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{folder} was written under a config that this release does not read: {error}"
+        ) from None
 
 
 def replace_file(path: Path, text: str) -> None:

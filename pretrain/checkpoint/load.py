@@ -1,8 +1,8 @@
 """Reading a checkpoint: verify, then read just the ranges that are asked for."""
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,10 @@ class Slices:
         shape = self.manifest.shapes[name]
         return self.read("weight", name, 0, torch.Size(shape).numel()).reshape(shape)
 
+    def close(self) -> None:
+        """Let go of the files: a shared file system does not delete what is open somewhere."""
+        self._open.clear()
+
     def _file(self, rank: int) -> Any:
         if rank not in self._open:
             self._open[rank] = safe_open(self.folder / layout.rank_file(rank), framework="pt")
@@ -70,10 +74,15 @@ class WeightsFile:
 
     path: Path
     step: int
+    digest: str
+    """sha256 of the manifest, and with it of everything that the checkpoint holds; hex."""
+
     config: Config
     metrics: Mapping[str, float]
     weights: Mapping[str, Tensor]
     """Lazy: parameter name (timm's) to fp32 tensor on the CPU."""
+
+    slices: Slices
 
     @property
     def model(self) -> ModelConfig:
@@ -81,14 +90,29 @@ class WeightsFile:
 
 
 def open_weights(path: Path, which: str = "last") -> WeightsFile:
-    """Verify and open the checkpoint that a run directory (its `last` or `best`) or a step folder names. One process."""
+    """Verify and open the checkpoint that a run directory (its `last` or `best`) or a step folder names. One process.
+
+    Raises `CheckpointError` where there is none, or it is damaged.
+    """
     folder = layout.resolve(path, which)
     manifest = layout.read_manifest(folder)
-    problems = _damaged(folder, manifest, 0, 1)
-    if problems:
-        raise CheckpointError(f"{folder} is damaged and was not loaded: {'; '.join(problems)}")
-    config = config_of(manifest, folder)
-    return WeightsFile(folder, manifest.step, config, manifest.metrics, _Weights(Slices(folder, manifest)))
+    return _opened(folder, manifest, _damaged(folder, manifest, 0, 1))
+
+
+def open_weights_together(path: Path, which: str, ranks: Ranks) -> WeightsFile:
+    """`open_weights` by all ranks: rank 0 says which checkpoint, all share the hashing and fail together.
+
+    A run that is still saving has another `last` from one moment to the next.
+    """
+    folder = None
+    with ranks.together():
+        if ranks.is_main:
+            folder = layout.resolve(path, which)
+    folder = ranks.broadcast(folder)
+    manifest, problems = _verified_together(folder, ranks)
+    if manifest is None:
+        raise CheckpointError(f"{folder} was not loaded: {'; '.join(problems)}")
+    return _opened(folder, manifest, problems)
 
 
 def newest_valid(run_dir: Path, ranks: Ranks) -> Slices | None:
@@ -101,16 +125,10 @@ def newest_valid(run_dir: Path, ranks: Ranks) -> Slices | None:
     rejected = []
     for name in folders:
         folder = run_dir / layout.FOLDER / name
-        manifest, problems = None, []
-        try:
-            manifest = layout.read_manifest(folder)
-            problems = _damaged(folder, manifest, ranks.rank, ranks.size)
-        except CheckpointError as error:
-            problems = [str(error)]
-        found = [problem for answer in ranks.gather(problems) for problem in answer]
-        if manifest is not None and not found:
+        manifest, problems = _verified_together(folder, ranks)
+        if manifest is not None and not problems:
             return Slices(folder, manifest)
-        rejected.append(f"{folder}: {'; '.join(dict.fromkeys(found))}")
+        rejected.append(f"{folder}: {'; '.join(problems)}")
         if ranks.is_main:
             log.warning("damaged checkpoint passed over: %s", rejected[-1])
     if rejected:
@@ -121,27 +139,47 @@ def newest_valid(run_dir: Path, ranks: Ranks) -> Slices | None:
     return None
 
 
-def config_of(manifest: Manifest, folder: Path) -> Config:
-    """The config that a checkpoint was written under."""
+def _opened(folder: Path, manifest: Manifest, problems: Sequence[str]) -> WeightsFile:
+    if problems:
+        raise CheckpointError(f"{folder} is damaged and was not loaded: {'; '.join(problems)}")
+    slices = Slices(folder, manifest)
+    config = layout.config_of(manifest, folder)
+    digest = layout.manifest_digest(manifest)
+    return WeightsFile(folder, manifest.step, digest, config, manifest.metrics, _Weights(slices), slices)
+
+
+def _verified_together(folder: Path, ranks: Ranks) -> tuple[Manifest | None, list[str]]:
+    """A checkpoint's manifest, and what any rank found wrong. All ranks, each hashing its share; same list on all."""
+    manifest, problems = None, []
     try:
-        return Config.model_validate_json(json.dumps(manifest.config))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{folder} was written under a config that this release does not read: {error}"
-        ) from None
+        manifest = layout.read_manifest(folder)
+        problems = _damaged(folder, manifest, ranks.rank, ranks.size)
+    except CheckpointError as error:
+        problems = [str(error)]
+    digests, found = zip(
+        *ranks.gather((manifest and layout.manifest_digest(manifest), problems)), strict=True
+    )
+    if len(set(digests)) > 1 and None not in digests:
+        found = (
+            *found,
+            ["the ranks do not see the same manifest: the file system is not shared, or it lags"],
+        )
+    return manifest, list(dict.fromkeys(problem for answer in found for problem in answer))
 
 
 def _damaged(folder: Path, manifest: Manifest, part: int, parts: int) -> list[str]:
     """What is wrong with the `part`-th of `parts` shares of a checkpoint's files."""
     problems = manifest.problems() if part == 0 else []
     for name, (size, digest) in list(manifest.files.items())[part::parts]:
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != size:
-            problems.append(f"{name} has {path.stat().st_size} bytes, not {size}")
-        else:
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+        try:
+            with (folder / name).open("rb") as file:
+                found = os.fstat(file.fileno()).st_size
+                if found != size:
+                    problems.append(f"{name} has {found} bytes, not {size}")
+                elif hashlib.file_digest(file, "sha256").hexdigest() != digest:
                     problems.append(f"{name} does not match its sha256")
+        except FileNotFoundError:
+            problems.append(f"{name} is missing")
+        except OSError as error:  # a bad sector is damage too: the run falls back
+            problems.append(f"{name} cannot be read: {error.strerror}")
     return problems

@@ -66,6 +66,7 @@ class Plan:
     clip_grad_norm: float | None
     zero_stage: int
     precision: Precision
+    precision_reason: str
     checkpoint_every_blocks: int
     device: str
     device_name: str
@@ -133,7 +134,7 @@ class Plan:
                 "optimizer",
                 f"{self.optimizer}, weight decay {self.weight_decay:g}, gradient norm clipped at {clip}",
             ),
-            ("precision", self.precision),
+            ("precision", f"{self.precision} ({self.precision_reason})"),
             ("ZeRO stage", str(self.zero_stage)),
             ("activation checkpointing", blocks),
             ("checkpoints", f"every {self.save_every_steps:,} steps and at the end"),
@@ -186,6 +187,7 @@ def resolve(config: Config, world_size: int, data: DataFacts, hardware: Hardware
         clip_grad_norm=optim.clip_grad_norm,
         zero_stage=config.engine.zero_stage,
         precision=_precision(config, hardware),
+        precision_reason=_why_precision(config, hardware),
         checkpoint_every_blocks=config.engine.checkpoint_every_blocks,
         device=hardware.device,
         device_name=hardware.name,
@@ -228,6 +230,13 @@ def _precision(config: Config, hardware: Hardware) -> Precision:
     if wanted == "fp32" or (wanted == "auto" and not hardware.has_bf16):
         return "fp32"
     return "bf16_autocast" if config.engine.zero_stage == 0 else "bf16"
+
+
+def _why_precision(config: Config, hardware: Hardware) -> str:
+    wanted, stage_0 = config.engine.precision, config.engine.zero_stage == 0
+    if wanted != "auto":
+        return "fp32 weights, products in bf16: ZeRO stage 0" if stage_0 and wanted == "bf16" else "as set"
+    return f"auto: this hardware {'multiplies' if hardware.has_bf16 else 'does not multiply'} bf16"
 
 
 def _by(size: tuple[int, int]) -> str:

@@ -1,7 +1,9 @@
 """What may differ between the attempts of one run, and what may not."""
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+from pretrain.config.plan import Plan
 from pretrain.config.schema import Config
 
 MAY_CHANGE = (
@@ -25,14 +27,62 @@ MAY_CHANGE = (
 except for the length, which moves the end of the learning-rate schedule and is meant to."""
 
 
-def changed_keys(before: Config, now: Config) -> list[str]:
+FIXED = (
+    "run.seed",
+    "data.train",
+    "data.lanes",
+    "data.block_mib",
+    "data.window_blocks",
+    "model",
+    "optim.name",
+    "train.global_batch",
+    "init",
+)
+"""Keys that no option lets change within a run: another order of samples, another model, another beginning."""
+
+NOT_BY_THE_CONFIG = {"precision": "engine.precision", "val_digest": "data.val"}
+"""Numbers of the plan that a resume keeps although the same config gives others elsewhere (`precision: auto` or ZeRO
+stage 0 in bf16 on other settings and hardware, validation shards that were replaced), by the key that allows it."""
+
+ADAPTS = ("world_size", "micro_batch", "accumulation", "zero_stage", "device_name", "total_steps")
+"""Numbers of the plan that a resume may find changed, and says."""
+
+
+class Refused(NamedTuple):
+    """A difference that stops a resume. key: of the config, what `--allow-change` takes; words: what differs."""
+
+    key: str
+    words: str
+
+
+def refused(changes: Sequence[Refused], allowed: Sequence[str]) -> list[str]:
+    """The words of those changes that the user did not allow, or that nobody can."""
+    return [c.words for c in changes if _under(c.key, FIXED) or not _under(c.key, allowed)]
+
+
+def changed_numbers(before: Mapping[str, Any], now: Plan) -> list[Refused]:
+    """Numbers of `NOT_BY_THE_CONFIG` in which the plan differs from the one saved with a checkpoint."""
+    numbers = now.as_dict()
+    return [
+        Refused(key, f"{key}: the plan has {name} {numbers[name]}, the run was trained with {before[name]}")
+        for name, key in NOT_BY_THE_CONFIG.items()
+        if before[name] != numbers[name]
+    ]
+
+
+def adapted(before: Mapping[str, Any], now: Plan) -> list[str]:
+    """Numbers of `ADAPTS` that differ, each as `name before -> now`."""
+    numbers = now.as_dict()
+    return [f"{name} {before[name]} -> {numbers[name]}" for name in ADAPTS if before[name] != numbers[name]]
+
+
+def changed_keys(before: Config, now: Config) -> list[Refused]:
     """Keys outside `MAY_CHANGE` whose values differ, each as `key: before -> now`."""
     old, new = flatten(before), flatten(now)
     return [
-        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        Refused(key, f"{key}: {old.get(key)!r} -> {new.get(key)!r}")
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and not any(key == may or key.startswith(may + ".") for may in MAY_CHANGE)
+        if old.get(key) != new.get(key) and not _under(key, MAY_CHANGE)
     ]
 
 
@@ -47,3 +97,7 @@ def flatten(config: Config) -> dict[str, Any]:
         }
 
     return walk("", config.model_dump(mode="json", by_alias=True))
+
+
+def _under(key: str, prefixes: Sequence[str]) -> bool:
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)

@@ -13,7 +13,7 @@ from pretrain.config.sizes import SIZES, SizeName
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(ge=0.0, le=1.0)]
+DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 ResizeKernel = Literal["bicubic_antialias", "bicubic", "bilinear", "align_corners"]
 
 
@@ -203,9 +203,9 @@ class ObjectiveConfig(Section):
 class OptimConfig(Section):
     name: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum")
     lr: Annotated[float, Field(gt=0)] = Field(description="peak learning rate")
-    betas: tuple[Rate, Rate] = Field((0.9, 0.999), description="AdamW's decay rates of the moments")
+    betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.999), description="AdamW's decay rates of the moments")
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's epsilon")
-    momentum: Rate = Field(0.9, description="SGD's momentum")
+    momentum: DecayRate = Field(0.9, description="SGD's momentum")
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.05,
         description="as torch's AdamW and SGD see it (times lr at each step); never on biases, norms, cls, PE",

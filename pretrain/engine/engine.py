@@ -58,8 +58,7 @@ class Engine:
             ranks.device.index is not None
         ):  # what DeepSpeed takes its device from; a task may see one GPU only
             os.environ["LOCAL_RANK"] = str(ranks.device.index)
-        with logs.quiet_stdout(log_file):
-            self._engine, self._optimizer = self._build(log_file)
+        self._engine, self._optimizer = self._build(log_file)
         private_api.set_timeouts(self._engine, timedelta(seconds=config.engine.timeout_seconds))
         self._held = fragments.held(self._engine)
         self.steps_taken = 0

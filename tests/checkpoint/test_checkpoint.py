@@ -13,8 +13,8 @@ from engines import STAGES, config, losses_of, make_engine, weights
 from ranks import RankError, Ranks, on_ranks
 
 from pretrain.checkpoint import checkpoints
-from pretrain.checkpoint.layout import BEST, MANIFEST, folder_of, pointer, read_manifest
-from pretrain.checkpoint.load import newest_valid, open_weights
+from pretrain.checkpoint.layout import BEST, LATEST, MANIFEST, folder_of, point, pointer, read_manifest
+from pretrain.checkpoint.load import newest_valid, open_weights, open_weights_together
 from pretrain.checkpoint.save import Content, mark_best, prune, save
 from pretrain.config import Plan
 from pretrain.engine import Engine
@@ -129,6 +129,12 @@ def _flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def _unreadable(path: Path) -> None:
+    """Reading it is an I/O error, as that of a bad sector."""
+    path.unlink()
+    path.mkdir()
+
+
 def _edit_manifest(path: Path) -> None:
     document = json.loads(path.read_text())
     document["body"]["step"] += 1
@@ -139,6 +145,7 @@ DAMAGE = {
     "a rank's file cut in half": ("rank_00001.safetensors", _cut),
     "one bit flipped": ("rank_00000.safetensors", _flip),
     "a rank's file deleted": ("rank_00001.safetensors", Path.unlink),
+    "a rank's file that cannot be read": ("rank_00001.safetensors", _unreadable),
     "the manifest cut in half": (MANIFEST, _cut),
     "the manifest edited": (MANIFEST, _edit_manifest),
 }
@@ -154,6 +161,8 @@ def test_a_damaged_checkpoint_is_never_loaded_and_the_newest_whole_one_is(tmp_pa
         with pytest.raises(CheckpointError, match=r"damaged|cannot be read"):
             open_weights(newest)
         for file, data in whole.items():
+            if (newest / file).is_dir():
+                (newest / file).rmdir()
             (newest / file).write_bytes(data)
     for step in (1, 2, 3):
         _cut(folder_of(tmp_path, step) / "rank_00000.safetensors")
@@ -245,6 +254,27 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all_and_harms_nothing(tmp_pa
         assert "step 2 could not be written (rank 1: " in words
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001"]
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
+
+
+def open_while_saving(ranks: Ranks, run: Path) -> tuple[int, str]:
+    """The run saves step 3 after rank 0 has looked for its last checkpoint, and before the others have."""
+    hidden, newest = folder_of(run, 3).with_suffix(".tmp"), folder_of(run, 3)
+    if ranks.is_main:
+        newest.rename(hidden)
+        point(run, LATEST, folder_of(run, 2))
+    ranks.barrier()
+    if not ranks.is_main:
+        hidden.rename(newest)
+        point(run, LATEST, newest)
+    opened = open_weights_together(run, "last", ranks)
+    return opened.step, opened.digest
+
+
+def test_all_ranks_open_the_checkpoint_that_rank_0_chose(tmp_path: Path) -> None:
+    on_ranks(1, write_three, tmp_path)
+    first, second = on_ranks(2, open_while_saving, tmp_path)
+    assert first == second
+    assert first[1] == json.loads((folder_of(tmp_path, first[0]) / MANIFEST).read_text())["sha256"]
 
 
 def test_what_is_saved_reads_back_by_name_in_one_process(tmp_path: Path) -> None:

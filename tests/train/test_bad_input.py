@@ -112,8 +112,9 @@ def test_run_directory_in_use(shards: Path, tmp_path: Path) -> None:
 
     (tmp_path / "run").mkdir()
     journal = Journal.open(tmp_path / "run", experiment="e", name="n")
-    error = fails(1, tmp_path, write(config(tmp_path / "run", shards), tmp_path), code=5)
-    assert "run" in error
+    error = fails(2, tmp_path, write(config(tmp_path / "run", shards), tmp_path), code=5)
+    assert "another process is writing" in error
+    assert str(tmp_path / "run") in error
     journal.close("KILLED")
 
 
@@ -147,6 +148,25 @@ def test_a_changed_setting_is_refused_unless_told(shards: Path, tmp_path: Path) 
     assert launch(1, tmp_path, path, *told)[0][0] == 0
     error = fails(1, tmp_path, path, "run.seed=3", "--allow-change", "run.seed", code=2)
     assert "run.seed: 0 -> 3" in error
+    (tmp_path / "run" / "config.yaml").unlink()  # the checkpoint says what it was trained with
+    error = fails(1, tmp_path, path, "optim.lr=0.1", code=2)
+    assert "optim.lr: 0.5 -> 0.1" in error
+
+
+def test_another_precision_than_the_run_was_trained_in_is_refused_unless_told(
+    shards: Path, tmp_path: Path
+) -> None:
+    """Stage 0 in bf16 keeps fp32 weights, stage 1 does not: the config says the same and the plan does not."""
+    path = write(config(tmp_path / "run", shards, stage=0, precision="bf16"), tmp_path)
+    assert launch(1, tmp_path, path, "train.total_steps=3")[0][0] == 0
+    moved = ("train.total_steps=4", "engine.zero_stage=1")
+    error = fails(2, tmp_path, path, *moved, code=2)
+    assert "the plan has precision bf16, the run was trained with bf16_autocast" in error
+    (code, words), _ = launch(2, tmp_path, path, *moved, "--allow-change", "engine.precision")
+    assert code == 0
+    assert "resuming at step 3" in words
+    for change in ("world_size 1 -> 2", "zero_stage 0 -> 1", "total_steps 3 -> 4"):
+        assert change in words
 
 
 def test_a_hand_off_that_does_not_fit_loads_nothing(shards: Path, tmp_path: Path) -> None:
@@ -157,5 +177,10 @@ def test_a_hand_off_that_does_not_fit_loads_nothing(shards: Path, tmp_path: Path
     error = fails(2, tmp_path, write(cfg, tmp_path), code=4)
     assert "depth" in error
     assert "patch_size" in error
-    error = fails(1, tmp_path, write(cfg, tmp_path), f"init.from={tmp_path / 'nowhere'}", code=4)
+    error = fails(2, tmp_path, write(cfg, tmp_path), f"init.from={tmp_path / 'nowhere'}", code=None)
     assert "nowhere" in error
+    os.truncate(checkpoints(source)[-1] / "rank_00000.safetensors", 1000)
+    error = fails(
+        2, tmp_path, write(config(tmp_path / "run", shards, init={"from": str(source)}), tmp_path), code=4
+    )
+    assert "is damaged and was not loaded: rank_00000.safetensors has 1000 bytes" in error

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from ranks import RankError, Ranks, on_ranks
 from pretrain.checkpoint import read_manifest
 from pretrain.checkpoint.load import open_weights
 from pretrain.config import Config
-from pretrain.stage import run_stage
+from pretrain.errors import UserError
+from pretrain.stage import agree, run_stage
 from pretrain.stop import StopFlag
 
 TOTAL = 12
@@ -160,6 +162,21 @@ def test_another_data_set_is_refused_with_both_digests(digits: Path, tmp_path: P
     other = cfg.model_copy(update={"data": cfg.data.model_copy(update={"train": cfg.data.val})})
     with pytest.raises(RankError, match=r"was trained on the data set [0-9a-f]{64}.* is [0-9a-f]{64}"):
         on_ranks(1, train, other)
+
+
+def on_other_hardware(ranks: Ranks, cfg: Config) -> str:
+    plan = replace(tiny.plan(cfg, ranks.size), precision="bf16" if ranks.rank else "fp32")
+    try:
+        agree(plan, ranks)
+    except UserError as error:
+        return str(error)
+    return "agreed"
+
+
+def test_ranks_that_resolve_different_plans_stop_together() -> None:
+    words = on_ranks(2, on_other_hardware, tiny.config())
+    assert words[0].startswith("stopped because rank 1 failed")
+    assert "precision: fp32 on rank 0, bf16 here" in words[1]
 
 
 def test_a_finished_run_started_again_changes_nothing(digits: Path, tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""Settings that were given and cannot take effect beside the others: said once, never passed over in silence."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pretrain.config.schema import Config, Section
+
+
+class _Idle(NamedTuple):
+    """Fields of a section that nothing reads in this config. path: the section's key."""
+
+    path: str
+    section: Section
+    names: tuple[str, ...]
+    reason: str
+
+
+def idle_settings(config: Config) -> list[str]:
+    """Settings that differ from their default and have no effect in this config, each with the reason."""
+    return [
+        f"{path}.{name}={getattr(section, name)} has no effect: {reason}"
+        for path, section, names, reason in _idle(config)
+        for name in names
+        if getattr(section, name) != type(section).model_fields[name].default
+    ]
+
+
+def _idle(config: Config) -> Iterator[_Idle]:
+    optim, data = config.optim, config.data
+    if optim.name == "sgd":
+        yield _Idle("optim", optim, ("betas", "eps"), "they belong to adamw, and optim.name is sgd")
+    else:
+        yield _Idle("optim", optim, ("momentum",), "it belongs to sgd, and optim.name is adamw")
+    if optim.schedule == "constant":
+        yield _Idle("optim", optim, ("min_lr",), "optim.schedule is constant")
+    if data.augment.crop == "resize":
+        yield _Idle(
+            "data.augment", data.augment, ("scale", "ratio"), "crop is resize: the whole image is kept"
+        )
+    if data.decode_threads == 0:
+        yield _Idle("data", data, ("prefetch_steps",), "data.decode_threads is 0: nothing is decoded ahead")
+    if data.val is None:
+        yield _Idle("data", data, ("val_crop",), "there is no data.val")
+        yield _Idle("train", config.train, ("eval_every_steps",), "there is no data.val")
+        yield _Idle("checkpoint", config.checkpoint, ("keep_best",), "there is no data.val")
+    if config.model.global_pool != "token":
+        reason = f"{config.model.global_pool} pooling has no cls token"
+        yield _Idle("model", config.model, ("pos_embed_order",), reason)
+    if config.init is not None and config.init.position != "resize":
+        yield _Idle("init", config.init, ("resize_kernel",), f"init.position is {config.init.position}")
+    if config.tracking.uri is None:
+        reason = "tracking.uri is null: nothing is sent to MLflow"
+        yield _Idle("tracking", config.tracking, ("experiment", "run_name"), reason)
+        yield _Idle("run", config.run, ("campaign",), reason)
