@@ -1,12 +1,15 @@
 """What this machine computes with: the current CUDA device where there is one, else the processor."""
 
+import os
 import platform
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from pretrain.config.plan import Hardware
 
 CPUINFO = Path("/proc/cpuinfo")
+CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 """Without one of these a bf16 matrix product is emulated, 10 to 100 times slower than in fp32."""
 
@@ -39,3 +42,33 @@ def cpu(cpuinfo: str) -> Hardware:
         name=field("model name") or platform.machine(),
         has_bf16=not BF16_FLAGS.isdisjoint(field("flags").split()),
     )
+
+
+def cores_given() -> int:
+    """Processor cores for this rank: what the job was given on this machine, shared out among its ranks there."""
+    limit = CGROUP_LIMIT.read_text() if CGROUP_LIMIT.exists() else ""
+    return share_of_cores(len(os.sched_getaffinity(0)), os.environ, limit)
+
+
+def share_of_cores(usable: int, env: Mapping[str, str], cgroup_limit: str = "") -> int:
+    """At least 1. usable: cores that this process may run on (its affinity); cgroup_limit: text of cgroup 2's cpu.max.
+
+    torchrun and `accelerate launch` start LOCAL_WORLD_SIZE ranks from one process, and all of them inherit what it was
+    given. Slurm binds each task to its own SLURM_CPUS_PER_TASK cores, or, where it does not bind, lets each of the
+    step's tasks see all SLURM_CPUS_ON_NODE.
+    """
+
+    def number(name: str) -> int | None:
+        found = re.match(r"[0-9]+", env.get(name, ""))
+        return int(found[0]) if found else None
+
+    quota = re.fullmatch(r"([0-9]+) ([0-9]+)\s*", cgroup_limit)
+    if quota:
+        usable = min(usable, int(quota[1]) // int(quota[2]))
+    per_task, on_node = number("SLURM_CPUS_PER_TASK"), number("SLURM_CPUS_ON_NODE")
+    tasks = number("SLURM_STEP_TASKS_PER_NODE")  # such as 4(x2): four on each of two nodes
+    if per_task is not None:
+        usable = min(usable, per_task)
+    elif on_node is not None and tasks is not None and usable >= on_node:
+        usable = on_node // tasks
+    return max(1, usable // (number("LOCAL_WORLD_SIZE") or 1))

@@ -101,6 +101,12 @@ def test_what_is_not_an_integer_is_not_made_one(text: str) -> None:
     assert "train.global_batch: must be a valid integer" in line
 
 
+@pytest.mark.parametrize("text", ["many", "-1", "1.5"])
+def test_a_setting_of_two_kinds_is_named_without_the_kinds(text: str) -> None:
+    lines = mistakes(SMALLEST.replace("data: {", f"data: {{decode_threads: {text}, "))
+    assert all(": data.decode_threads: " in line for line in lines)
+
+
 @pytest.mark.parametrize("text", [".nan", ".inf", "1e999", "-1.0", "0"])
 def test_a_learning_rate_is_positive_and_finite(text: str) -> None:
     (line,) = mistakes(SMALLEST.replace("1e-3", text))

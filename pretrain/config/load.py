@@ -164,7 +164,8 @@ def dump(config: Config) -> str:
 def _explain(problem: Any, located: _Located) -> str:
     key: Key = problem["loc"]
     known = next((key[:n] for n in range(len(key), -1, -1) if key[:n] in located.where), ())
-    where = f"{located.where.get(known, located.name)}: {'.'.join(map(str, key)) or 'config'}: "
+    named = known if known in located.raw else key  # below a plain value pydantic adds the kind that it tried
+    where = f"{located.where.get(known, located.name)}: {'.'.join(map(str, named)) or 'config'}: "
     match problem["type"]:
         case "extra_forbidden":
             return where + _unknown(key)

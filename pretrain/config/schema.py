@@ -72,8 +72,9 @@ class DataConfig(Section):
     interpolation: Literal["bilinear", "bicubic"] = Field(
         "bilinear", description="antialiased resize of images"
     )
-    decode_threads: NonNegative = Field(
-        2, description="threads that decode beside the training step; 0: none"
+    decode_threads: NonNegative | Literal["auto"] = Field(
+        "auto",
+        description="threads that decode beside the training step; auto: the rank's share of the job's cores; 0: none",
     )
     prefetch_steps: Positive = Field(2, description="steps that are decoded ahead")
     max_pixels: Positive = Field(89_478_485, description="an image whose header says more is refused unread")

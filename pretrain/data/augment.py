@@ -1,16 +1,16 @@
-"""From a decoded image to a view of the model's size. Sizes are (height, width), images Pillow's, uint8 throughout."""
+"""From decoded pixels to a view of the model's size, written into its row of a batch.
+
+Sizes are (height, width), pixels uint8 [height, width, channels] throughout.
+"""
 
 import math
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from pretrain.config import AugmentConfig
+from pretrain.data.resize import Pixels, mirror, resize
 from pretrain.draws import FloatArray, IntArray, Stream, split64, uniform
-
-RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-"""Pillow's filters widen with the scale: they antialias."""
 
 _TRIES = 10
 NUM_DRAWS = 4 * _TRIES + 1
@@ -27,40 +27,42 @@ class Box(NamedTuple):
 class TrainView:
     """Random crop and flip, drawn by (seed, epoch, sample): the same on any rank, thread or restart."""
 
-    def __init__(self, config: AugmentConfig, size: tuple[int, int], interpolation: str, seed: int) -> None:
-        self._config, self._size, self._seed = config, size, seed
-        self._resample = RESAMPLING[interpolation]
+    def __init__(self, config: AugmentConfig, interpolation: str, seed: int) -> None:
+        self._config, self._interpolation, self._seed = config, interpolation, seed
 
     def draws(self, epoch: IntArray, sample: IntArray) -> FloatArray:
         """float64 [n, NUM_DRAWS] in [0, 1) for samples by epoch and number in the data set."""
         low, high = split64(sample)
         return uniform(self._seed, Stream.AUGMENT, NUM_DRAWS, low, high, epoch)
 
-    def apply(self, image: Image.Image, draws: FloatArray) -> Image.Image:
-        """One view of the size that was asked for; draws: float64 [NUM_DRAWS]."""
+    def render(self, pixels: Pixels, draws: FloatArray, out: Pixels) -> None:
+        """Write one view of `pixels` [h, w, C] into `out` [H, W, C]; draws: float64 [NUM_DRAWS]."""
         if self._config.crop == "random_resized":
-            box = random_resized_box(image.height, image.width, self._config.scale, self._config.ratio, draws)
-            image = crop(image, box)
-        image = resize(image, self._size, self._resample)
+            height, width, _ = pixels.shape
+            box = random_resized_box(height, width, self._config.scale, self._config.ratio, draws)
+            pixels = crop(pixels, box)
+        resize(pixels, out, self._interpolation)
         if self._config.hflip and draws[-1] < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return image
+            mirror(out)
 
 
 class EvalView:
     """Resize so that a centre crop keeps `val_crop` of the side, and crop."""
 
-    def __init__(self, size: tuple[int, int], val_crop: float, interpolation: str) -> None:
-        self._size, self._val_crop = size, val_crop
-        self._resample = RESAMPLING[interpolation]
+    def __init__(self, val_crop: float, interpolation: str) -> None:
+        self._val_crop, self._interpolation = val_crop, interpolation
 
     def draws(self, epoch: IntArray, sample: IntArray) -> FloatArray:
         """Nothing is drawn: float64 [n, 0]."""
         return np.empty((len(sample), 0))
 
-    def apply(self, image: Image.Image, draws: FloatArray) -> Image.Image:
-        covering = covering_size((image.height, image.width), self._size, self._val_crop)
-        return crop(resize(image, covering, self._resample), centre_box(covering, self._size))
+    def render(self, pixels: Pixels, draws: FloatArray, out: Pixels) -> None:
+        """Write the view of `pixels` [h, w, C] into `out` [H, W, C]."""
+        height, width, channels = out.shape
+        covering = covering_size(pixels.shape[:2], (height, width), self._val_crop)
+        resized = np.empty((*covering, channels), np.uint8)
+        resize(pixels, resized, self._interpolation)
+        out[...] = crop(resized, centre_box(covering, (height, width)))
 
 
 def random_resized_box(
@@ -88,7 +90,7 @@ def random_resized_box(
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
 
 
-def covering_size(image: tuple[int, int], size: tuple[int, int], keep: float) -> tuple[int, int]:
+def covering_size(image: tuple[int, ...], size: tuple[int, int], keep: float) -> tuple[int, int]:
     """The smallest size of the image's shape that covers size / keep (rounded down, as timm does)."""
     height, width = math.floor(size[0] / keep), math.floor(size[1] / keep)
     if height * image[1] >= width * image[0]:
@@ -101,10 +103,6 @@ def centre_box(image: tuple[int, int], size: tuple[int, int]) -> Box:
     return Box(round((image[0] - size[0]) / 2), round((image[1] - size[1]) / 2), *size)
 
 
-def crop(image: Image.Image, box: Box) -> Image.Image:
-    return image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
-
-
-def resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    """To (height, width); the image as it is where it has that size."""
-    return image if (image.height, image.width) == size else image.resize((size[1], size[0]), resample)
+def crop(pixels: Pixels, box: Box) -> Pixels:
+    """The part of `pixels` in `box`; the same memory."""
+    return pixels[box.top : box.top + box.height, box.left : box.left + box.width]

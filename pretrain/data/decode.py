@@ -1,15 +1,22 @@
-"""From the bytes of an image file to pixels: what the file is decides, not what it is called. Pillow decodes."""
+"""From the bytes of an image file to pixels: what the file is decides, not what it is called.
+
+JPEG is decoded by libjpeg-turbo (simplejpeg), which gives Pillow's pixels in three quarters of its time without the
+GIL; what that refuses, and every other file, by Pillow. `docs/images.md` has the table of what becomes of what.
+"""
 
 import io
 import struct
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
+from pretrain.data.resize import Pixels
 from pretrain.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 _ORIENTATION = 0x0112
+_SHORT = 3
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -26,26 +33,57 @@ class BadSampleError(DataError):
     """The bytes are the ones that were packed, and yet no picture can be made of them, or its label is no class."""
 
 
-def decode(data: memoryview | bytes, in_chans: int, max_pixels: int) -> Image.Image:
-    """An upright image of mode "RGB" (in_chans 3) or "L" (1), 8 bits a channel; alpha is dropped.
+def decode(data: memoryview | bytes, in_chans: int, max_pixels: int) -> Pixels:
+    """An upright picture: uint8 [H, W, in_chans], RGB (in_chans 3) or greyscale (1); alpha is dropped.
 
     Raises `BadSampleError` where the file is of no allowed kind, claims more than `max_pixels` pixels (nothing is decoded
     then), or is damaged.
     """
+    if simplejpeg.is_jpeg(data):
+        try:
+            return _decode_jpeg(data, in_chans, max_pixels)
+        except ValueError:  # damaged, or of a kind that Pillow reads: it decides
+            pass
+    return _decode_by_pillow(data, in_chans, max_pixels)
+
+
+def _decode_jpeg(data: memoryview | bytes, in_chans: int, max_pixels: int) -> Pixels:
+    """A greyscale or colour JPEG; raises `ValueError` for any other, and for what decoders merely warn of."""
+    height, width, stored, _ = simplejpeg.decode_jpeg_header(data)
+    if stored not in ("Gray", "YCbCr", "RGB"):
+        raise ValueError(f"a JPEG in {stored}")
+    _check_size(height, width, max_pixels)
+    grey = stored == "Gray" and in_chans == 1
+    pixels: Pixels = simplejpeg.decode_jpeg(data, "GRAY" if grey else "RGB")
+    turn = _TURNS.get(_jpeg_orientation(data))
+    if turn is None and pixels.shape[2] == in_chans:
+        return pixels
+    image = Image.fromarray(pixels[:, :, 0] if grey else pixels)
+    return _pixels(image if grey or in_chans == 3 else image.convert("L"), turn)
+
+
+def _decode_by_pillow(data: memoryview | bytes, in_chans: int, max_pixels: int) -> Pixels:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise BadSampleError(
-                    f"{image.width} x {image.height} pixels; data.max_pixels allows {max_pixels:,}"
-                )
+            _check_size(image.height, image.width, max_pixels)
             image.load()
             turn = _TURNS.get(_orientation(image))
-            upright = _eight_bits(image).convert("RGB" if in_chans == 3 else "L")
+            return _pixels(_eight_bits(image).convert("RGB" if in_chans == 3 else "L"), turn)
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged bytes
         raise BadSampleError(f"not decodable as {', '.join(FORMATS)}: {_first_line(error)}") from None
-    return upright if turn is None else upright.transpose(turn)
+
+
+def _check_size(height: int, width: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadSampleError(f"{width} x {height} pixels; data.max_pixels allows {max_pixels:,}")
+
+
+def _pixels(image: Image.Image, turn: Image.Transpose | None) -> Pixels:
+    """uint8 [H, W, C] of a Pillow image of mode RGB or L, turned; writable, its own memory."""
+    pixels = np.array(image if turn is None else image.transpose(turn))
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
 def _orientation(image: Image.Image) -> int:
@@ -56,6 +94,38 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(_ORIENTATION, 1))
     except (SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error):
         return 1
+
+
+def _jpeg_orientation(data: memoryview | bytes) -> int:
+    """EXIF orientation from the segments before the picture, in microseconds; 1 where there is none or it is damaged.
+
+    A segment is FF, a marker, its length as two bytes with those (ITU-T T.81, B.1.1.4); EXIF lies in APP1.
+    """
+    at = 2
+    try:
+        while True:
+            start, marker, length = struct.unpack_from(">BBH", data, at)
+            if start != 0xFF or 0xC0 <= marker <= 0xC3 or marker == 0xDA:
+                return 1
+            if marker == 0xE1 and bytes(data[at + 4 : at + 10]) == b"Exif\0\0":
+                return _tiff_orientation(data[at + 10 : at + 2 + length])
+            at += 2 + length
+    except struct.error:
+        return 1
+
+
+def _tiff_orientation(tiff: memoryview | bytes) -> int:
+    """Tag Orientation of the first directory (TIFF 6.0, section 2); raises `struct.error` where it is cut short."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(bytes(tiff[:4]))
+    if order is None:
+        return 1
+    (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+    (count,) = struct.unpack_from(f"{order}H", tiff, start)
+    for entry in range(count):
+        tag, kind, _, value = struct.unpack_from(f"{order}HHIH", tiff, start + 2 + 12 * entry)
+        if tag == _ORIENTATION:
+            return int(value) if kind == _SHORT else 1
+    return 1
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

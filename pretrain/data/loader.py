@@ -6,6 +6,8 @@
     4  augment   decode threads        a view, written to its row of the batch    nothing: draws are keyed by sample
     5  queue     the caller's thread   `prefetch_steps` steps under way           batches that nobody has seen
 
+Stages 2 to 4 are `fill`; the memory of a batch comes from a ring (`buffers`) and is written once, by stage 4.
+
 A restart needs the number of the next step and nothing else. With `decode_threads: 0` stages 2 to 4 run in the caller
 and nothing is prefetched; the batches are the same.
 """
@@ -13,7 +15,7 @@ and nothing is prefetched; the batches are the same.
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -25,28 +27,29 @@ import torch
 from pretrain.batch import Batch
 from pretrain.config import DataConfig, ModelConfig, Plan
 from pretrain.data.augment import EvalView, TrainView
+from pretrain.data.buffers import Ring
 from pretrain.data.dataset import Dataset
-from pretrain.data.decode import BadSampleError, decode
+from pretrain.data.fill import Filler, Workers
 from pretrain.data.order import Order, Rows, evaluation_slice
-from pretrain.data.read import LocalReader
 from pretrain.draws import IntArray
-
-_ROWS_A_JOB = 16
-"""Rows that a thread fills at a time: enough to drown the cost of handing over, few enough to share a small batch."""
+from pretrain.hardware import cores_given
 
 BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class _Coming:
-    """A batch whose rows are being filled."""
+    """A batch whose first `num_filled` rows are being filled; the others will repeat the last of them."""
 
     batch: Batch
+    num_filled: int
     jobs: list["Future[None]"]
 
     def wait(self) -> Batch:
         for job in self.jobs:
             job.result()
+        for tensor in (self.batch.images, self.batch.labels):
+            tensor[self.num_filled :] = tensor[self.num_filled - 1]
         return self.batch
 
     def cancel(self) -> None:
@@ -54,70 +57,25 @@ class _Coming:
             job.cancel()
 
 
-class _Filler:
-    """Stages 2 to 4: fills batches, in threads or in the caller."""
+class _Loader:
+    """What training and evaluation share: workers, the queue before them, and how both end."""
 
     def __init__(
-        self, dataset: Dataset, data: DataConfig, model: ModelConfig, plan: Plan, view: TrainView | EvalView
+        self,
+        dataset: Dataset,
+        data: DataConfig,
+        model: ModelConfig,
+        plan: Plan,
+        view: TrainView | EvalView,
+        ahead: int,
     ) -> None:
-        self._dataset, self._view = dataset, view
-        self._max_pixels, self._model = data.max_pixels, model
+        """ahead: requests that are under way while the caller uses one; with no thread, none is."""
+        num_threads = cores_given() if data.decode_threads == "auto" else data.decode_threads
+        self._ahead = ahead if num_threads else 0
         self._pinned = plan.device == "cuda"
-        self._reader = LocalReader(dataset, plan.block_samples)
-        self._threads = ThreadPoolExecutor(data.decode_threads, "decode") if data.decode_threads > 0 else None
-
-    def start(self, rows: Rows, counts: BoolArray) -> _Coming:
-        """Begin a batch of these rows; counts: bool [b], false where a row is padding."""
-        shape = (len(counts), *self._model.img_size, self._model.in_chans)
-        batch = Batch(
-            images=torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned),
-            labels=torch.empty(len(counts), dtype=torch.int64, pin_memory=self._pinned),
-            weights=self._tensor(counts.astype(np.float32)),
-            positions=self._tensor(rows.position),
-        )
-        jobs = []
-        for first in range(0, len(counts), _ROWS_A_JOB):
-            part = slice(first, first + _ROWS_A_JOB)
-            arguments = Rows(*(array[part] for array in rows)), batch.images[part], batch.labels[part]
-            if self._threads is None:
-                self._fill(*arguments)
-            else:
-                jobs.append(self._threads.submit(self._fill, *arguments))
-        return _Coming(batch, jobs)
-
-    def close(self) -> None:
-        if self._threads is not None:
-            self._threads.shutdown(wait=True, cancel_futures=True)
-        self._reader.close()
-
-    def _fill(self, rows: Rows, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """images: uint8 [n, H, W, C] and labels: int64 [n], rows of a batch, written here."""
-        pixels, classes = images.numpy(), labels.numpy()
-        draws = self._view.draws(rows.epoch, self._dataset.starts[rows.shard] + rows.sample)
-        samples = self._reader.read(rows.shard, rows.sample)
-        for i, sample in enumerate(samples):
-            try:
-                if sample.label >= self._model.num_classes:
-                    raise BadSampleError(
-                        f"label {sample.label}; model.num_classes is {self._model.num_classes}"
-                    )
-                image = decode(sample.image, self._model.in_chans, self._max_pixels)
-            except BadSampleError as bad:
-                raise BadSampleError(f"{self._dataset.paths[rows.shard[i]]}, {sample.key}: {bad}") from None
-            view = np.asarray(self._view.apply(image, draws[i]))
-            pixels[i] = view if view.ndim == 3 else view[:, :, None]
-            classes[i] = sample.label
-
-    def _tensor(self, values: npt.NDArray[np.float32] | IntArray) -> torch.Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor.pin_memory() if self._pinned else tensor
-
-
-class _Loader:
-    """What training and evaluation share: a filler, the queue before it, and how both end."""
-
-    def __init__(self, filler: _Filler, ahead: int) -> None:
-        self._filler, self._ahead = filler, ahead
+        shape = plan.micro_batch, *model.img_size, model.in_chans
+        self._ring = Ring(shape, pinned=self._pinned, keep=(data.prefetch_steps + 2) * plan.accumulation)
+        self._workers = Workers(Filler(dataset, data, model, plan, view), num_threads)
         self.wait_seconds = 0.0
         """Time that the consumer has waited for data, since the loader was made."""
 
@@ -128,7 +86,7 @@ class _Loader:
             while True:
                 began = time.perf_counter()
                 while len(coming) <= self._ahead and (request := next(requests, None)) is not None:
-                    coming.append([self._filler.start(rows, counts) for rows, counts in request])
+                    coming.append([self._start(rows, counts) for rows, counts in request])
                 if not coming:
                     return
                 batches = [batch.wait() for batch in coming.popleft()]
@@ -138,9 +96,26 @@ class _Loader:
             for batch in (batch for request in coming for batch in request):
                 batch.cancel()
 
+    def _start(self, rows: Rows, counts: BoolArray) -> _Coming:
+        """Begin a batch of these rows; counts: bool [b], false where a row at the end is padding."""
+        batch = Batch(
+            images=self._ring.take(),
+            labels=torch.empty(len(counts), dtype=torch.int64, pin_memory=self._pinned),
+            weights=self._tensor(counts.astype(np.float32)),
+            positions=self._tensor(rows.position),
+        )
+        num_filled = max(1, int(counts.sum()))
+        filled = Rows(*(array[:num_filled] for array in rows))
+        images, labels = batch.images[:num_filled].numpy(), batch.labels[:num_filled].numpy()
+        return _Coming(batch, num_filled, self._workers.start(filled, images, labels))
+
+    def _tensor(self, values: npt.NDArray[np.float32] | IntArray) -> torch.Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory() if self._pinned else tensor
+
     def close(self) -> None:
         """End the threads and close the files. Called by whoever made the loader; `with` does it."""
-        self._filler.close()
+        self._workers.close()
 
     def __enter__(self) -> Self:
         return self
@@ -158,9 +133,8 @@ class TrainLoader(_Loader):
         self, dataset: Dataset, data: DataConfig, model: ModelConfig, plan: Plan, *, seed: int, rank: int
     ) -> None:
         """plan: made for this data set; seed: of the order and of every draw. Starts threads: close it."""
-        view = TrainView(data.augment, model.img_size, data.interpolation, seed)
-        ahead = data.prefetch_steps if data.decode_threads else 0
-        super().__init__(_Filler(dataset, data, model, plan, view), ahead)
+        view = TrainView(data.augment, data.interpolation, seed)
+        super().__init__(dataset, data, model, plan, view, data.prefetch_steps)
         self._plan, self._slice = plan, plan.slice_of(rank)
         self._order = Order(
             dataset.shard_samples,
@@ -200,9 +174,8 @@ class EvalLoader(_Loader):
         self, dataset: Dataset, data: DataConfig, model: ModelConfig, plan: Plan, *, rank: int
     ) -> None:
         """Batches have `plan.micro_batch` rows. Starts threads: close it."""
-        view = EvalView(model.img_size, data.val_crop, data.interpolation)
-        ahead = data.prefetch_steps * plan.accumulation if data.decode_threads else 0
-        super().__init__(_Filler(dataset, data, model, plan, view), ahead)
+        view = EvalView(data.val_crop, data.interpolation)
+        super().__init__(dataset, data, model, plan, view, data.prefetch_steps * plan.accumulation)
         self._dataset = dataset
         self._number, self._counts = evaluation_slice(len(dataset), rank, plan.world_size, plan.micro_batch)
 

@@ -1,0 +1,36 @@
+"""Antialiased resizing and mirroring of uint8 pixels, straight into the memory that the result is for.
+
+torch's own kernels of `interpolate(antialias=True)` do it: their filters widen with the scale like Pillow's, and they
+release the GIL. `benchmarks/README.md` says what they were measured against.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Pixels = npt.NDArray[np.uint8]
+"""uint8 [height, width, channels], rows of one memory block; 3 channels are RGB, 1 is greyscale."""
+
+_KERNELS = {
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+}
+
+
+def resize(pixels: Pixels, out: Pixels, interpolation: str) -> None:
+    """All of `pixels` [h, w, C] at the size of `out` [H, W, C], written there. interpolation: bilinear or bicubic."""
+    if pixels.shape == out.shape:
+        out[...] = pixels
+    else:
+        _KERNELS[interpolation](_planes(pixels), list(out.shape[:2]), False, out=_planes(out))
+
+
+def mirror(pixels: Pixels) -> None:
+    """Swap left and right in place."""
+    planes = _planes(pixels)
+    planes.copy_(planes.flip(3))
+
+
+def _planes(pixels: Pixels) -> torch.Tensor:
+    """The same memory as torch's kernels see it: [1, C, H, W], the channels innermost."""
+    return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
