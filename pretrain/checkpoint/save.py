@@ -3,11 +3,13 @@
 import hashlib
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -37,44 +39,115 @@ class Content:
 
 
 def save(run_dir: Path, content: Content, ranks: Ranks) -> Path:
-    """Commit a checkpoint and return its folder. All ranks; returns when it is durable.
+    """Commit a checkpoint and return its folder. All ranks; returns when it is durable. Raises as `Saver.commit`."""
+    saver = Saver(run_dir, ranks)
+    saver.begin(content)
+    return saver.commit()
 
-    Raises `CheckpointError` on every rank if any of them cannot write; what was committed before stays.
+
+class Saver:
+    """Saves checkpoints of one run, one at a time, while training goes on. All ranks make one and call it together.
+
+    `begin` copies this rank's slices to host memory, which is all that training waits for; a thread writes, flushes
+    and hashes them. `commit` publishes the checkpoint once every rank has written: no collective runs in the thread.
     """
-    folder = layout.folder_of(run_dir, content.step)
-    aside = folder.with_name(folder.name + ".tmp")
-    receipt, problem = None, None
-    try:
-        if ranks.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-    except OSError as error:
-        problem = str(error)
-    ranks.barrier()
-    try:
-        if problem is None:
-            receipt = _write_rank_file(aside, content, ranks.rank)
-    except OSError as error:
-        problem = str(error)
-    answers = ranks.gather((receipt, problem))
-    failed = [f"rank {rank}: {why}" for rank, (_, why) in enumerate(answers) if why is not None]
-    if not failed:
+
+    def __init__(self, run_dir: Path, ranks: Ranks) -> None:
+        self._run_dir, self._ranks = run_dir, ranks
+        self._writing: _Writing | None = None
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a save was begun and not committed; the same on all ranks."""
+        return self._writing is not None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank has written its part of the pending save, or failed to."""
+        return self._writing is not None and not self._writing.thread.is_alive()
+
+    def begin(self, content: Content) -> None:
+        """Start a save of `content`, which may change afterwards. All ranks; none may be pending."""
+        assert self._writing is None, "the save before was not committed"
+        folder = layout.folder_of(self._run_dir, content.step)
+        aside = folder.with_name(folder.name + ".tmp")
         problem = None
-        if ranks.is_main:
-            try:
-                _commit(aside, folder, _manifest(content, [r for r, _ in answers if r], ranks.size))
-            except OSError as error:
-                problem = str(error)
-        problem = ranks.broadcast(problem)
-        failed = [f"rank 0: {problem}"] if problem else []
-    if failed:
-        if ranks.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"the checkpoint of step {content.step} could not be written ({'; '.join(failed)}). "
-            "Earlier checkpoints are untouched; free space or mend the path, then start the run again."
-        )
-    return folder
+        try:
+            if self._ranks.is_main:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+        except OSError as error:
+            problem = str(error)
+        self._ranks.barrier()
+        self._writing = _Writing(content, folder, aside, self._ranks.rank, problem)
+
+    def commit(self) -> Path:
+        """Finish the pending save: wait for this rank's part, agree, publish. All ranks; returns its folder.
+
+        Raises `CheckpointError` on every rank if any of them could not write; what was committed before stays.
+        """
+        assert self._writing is not None, "no save was begun"
+        writing, self._writing = self._writing, None
+        writing.thread.join()
+        answers = self._ranks.gather((writing.receipt, writing.problem))
+        failed = [f"rank {rank}: {why}" for rank, (_, why) in enumerate(answers) if why is not None]
+        if not failed:
+            problem = None
+            if self._ranks.is_main:
+                try:
+                    receipts = [receipt for receipt, _ in answers if receipt]
+                    manifest = _manifest(writing.content, receipts, self._ranks.size)
+                    _commit(writing.aside, writing.folder, manifest)
+                except OSError as error:
+                    problem = str(error)
+            problem = self._ranks.broadcast(problem)
+            failed = [f"rank 0: {problem}"] if problem else []
+        if failed:
+            if self._ranks.is_main:
+                shutil.rmtree(writing.aside, ignore_errors=True)
+            raise CheckpointError(
+                f"the checkpoint of step {writing.content.step} could not be written ({'; '.join(failed)}). "
+                "Earlier checkpoints are untouched; free space or mend the path, then start the run again."
+            )
+        return writing.folder
+
+
+class _Writing:
+    """A save under way on this rank. receipt or problem: once the thread has ended."""
+
+    def __init__(self, content: Content, folder: Path, aside: Path, rank: int, problem: str | None) -> None:
+        self.content, self.folder, self.aside, self.problem = content, folder, aside, problem
+        self.receipt: _Receipt | None = None
+        self._slices = _on_host(content.slices)
+        self.thread = threading.Thread(target=self._write, args=(rank,), name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def _write(self, rank: int) -> None:
+        try:
+            if self.problem is None:
+                self.receipt = _write_rank_file(self.aside, self._slices, rank)
+        except OSError as error:
+            self.problem = str(error)
+        finally:
+            self._slices = []  # the memory is free before the commit
+
+
+_Slices = list[tuple[str, int, int, dict[str, Tensor]]]
+
+
+def _on_host(slices: Iterable[tuple[str, int, int, Mapping[str, Tensor]]]) -> _Slices:
+    """A copy in host memory, from which training may go on to change the original."""
+    copies = [(n, a, b, {kind: _copy(t.detach()) for kind, t in kinds.items()}) for n, a, b, kinds in slices]
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return copies
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor.clone()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def mark_best(run_dir: Path, folder: Path) -> None:
@@ -109,13 +182,13 @@ def _remove(folder: Path) -> None:
 _Receipt = tuple[str, int, str, list[tuple[str, int, int]]]
 
 
-def _write_rank_file(folder: Path, content: Content, rank: int) -> _Receipt:
+def _write_rank_file(folder: Path, owned: _Slices, rank: int) -> _Receipt:
     """Write this rank's slices; returns (file name, bytes, sha256, slices)."""
     tensors, slices = {}, []
-    for name, start, stop, kinds in content.slices:
+    for name, start, stop, kinds in owned:
         slices.append((name, start, stop))
         for kind, tensor in kinds.items():
-            tensors[layout.slice_key(kind, name, start, stop)] = tensor.detach().cpu().contiguous()
+            tensors[layout.slice_key(kind, name, start, stop)] = tensor
     path = folder / layout.rank_file(rank)
     try:
         save_file(tensors, path)
