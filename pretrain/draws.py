@@ -30,6 +30,7 @@ class Stream(IntEnum):
     AUGMENT = 3
     DROP_PATH = 4
     SPLIT = 5
+    POLICY = 8
 
 
 def uniform(
@@ -46,6 +47,12 @@ def permutation(seed: int, stream: Stream, n: int, a: int, b: int = 0, c: int = 
     """A permutation of range(n): int64 [n]. Sorts n 64-bit draws; a tie keeps the lower number first."""
     words = _words(seed, stream, 2 * n, a, b, c)
     return np.argsort(words[0::2] << _HALF | words[1::2], kind="stable").astype(np.int64)
+
+
+def normal(first: npt.ArrayLike, second: npt.ArrayLike) -> FloatArray:
+    """Two uniform draws in [0, 1) as one standard normal (Box and Muller 1958): float64 of their shape, exact."""
+    radius = np.sqrt(-2.0 * np.log1p(-np.asarray(first, dtype=np.float64)))
+    return np.asarray(radius * np.cos(2.0 * np.pi * np.asarray(second, dtype=np.float64)))
 
 
 def split64(position: npt.ArrayLike) -> tuple[IntArray, IntArray]:

@@ -306,6 +306,16 @@ def test_every_key_that_may_change_exists() -> None:
         (["optim.momentum=0.8"], ["optim.momentum"]),
         (["optim.schedule=constant", "optim.min_lr=1e-4"], ["optim.min_lr"]),
         (["data.augment.crop=resize", "data.augment.scale=[0.5, 1.0]"], ["data.augment.scale"]),
+        (["data.augment.crop=resize_crop", "data.augment.ratio=[1.0, 1.0]"], ["data.augment.ratio"]),
+        (["data.augment.crop=inception", "data.augment.ratio=[1.0, 1.0]"], []),
+        (
+            [
+                "model.in_chans=1",
+                "data.augment.color_jitter.hue=0.1",
+                "data.augment.color_jitter.contrast=0.1",
+            ],
+            ["data.augment.color_jitter.hue"],
+        ),
         (["data.decode_threads=0", "data.prefetch_steps=5"], ["data.prefetch_steps"]),
         (["train.eval_every_steps=5", "data.val_crop=0.9"], ["data.val_crop", "train.eval_every_steps"]),
         (["data.val.shards=x", "train.eval_every_steps=5", "data.val_crop=0.9"], []),

@@ -4,7 +4,9 @@ from pretrain.config.load import dump, load
 from pretrain.config.plan import Plan, resolve
 from pretrain.config.schema import (
     AugmentConfig,
+    BigVisionRandAugmentConfig,
     CheckpointConfig,
+    ColorJitterConfig,
     Config,
     DataConfig,
     EngineConfig,
@@ -12,16 +14,20 @@ from pretrain.config.schema import (
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
+    RandomErasingConfig,
     ResizeKernel,
     RunConfig,
     SourceConfig,
+    TimmRandAugmentConfig,
     TrackingConfig,
     TrainConfig,
 )
 
 __all__ = [
     "AugmentConfig",
+    "BigVisionRandAugmentConfig",
     "CheckpointConfig",
+    "ColorJitterConfig",
     "Config",
     "DataConfig",
     "EngineConfig",
@@ -30,9 +36,11 @@ __all__ = [
     "ObjectiveConfig",
     "OptimConfig",
     "Plan",
+    "RandomErasingConfig",
     "ResizeKernel",
     "RunConfig",
     "SourceConfig",
+    "TimmRandAugmentConfig",
     "TrackingConfig",
     "TrainConfig",
     "dump",

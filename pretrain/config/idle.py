@@ -33,9 +33,13 @@ def _idle(config: Config) -> Iterator[_Idle]:
         yield _Idle("optim", optim, ("momentum",), "it belongs to sgd, and optim.name is adamw")
     if optim.schedule == "constant":
         yield _Idle("optim", optim, ("min_lr",), "optim.schedule is constant")
-    if data.augment.crop == "resize":
+    if data.augment.crop in ("resize", "resize_crop"):
+        reason = f"crop is {data.augment.crop}: no area and no shape are drawn"
+        yield _Idle("data.augment", data.augment, ("scale", "ratio"), reason)
+    jitter = data.augment.color_jitter
+    if jitter is not None and config.model.in_chans == 1:
         yield _Idle(
-            "data.augment", data.augment, ("scale", "ratio"), "crop is resize: the whole image is kept"
+            "data.augment.color_jitter", jitter, ("saturation", "hue"), "model.in_chans is 1: no colour"
         )
     if data.decode_threads == 0:
         yield _Idle("data", data, ("prefetch_steps",), "data.decode_threads is 0: nothing is decoded ahead")

@@ -4,46 +4,57 @@ Sizes are (height, width), pixels uint8 [height, width, channels] throughout.
 """
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 
-from pretrain.config import AugmentConfig
+from pretrain.config import AugmentConfig, ModelConfig
+from pretrain.data.crops import INCEPTION_DRAWS, SIMPLE_DRAWS, Box, inception_box, simple_crop
+from pretrain.data.policies import Policy
 from pretrain.data.resize import Pixels, mirror, resize
 from pretrain.draws import FloatArray, IntArray, Stream, split64, uniform
 
 _TRIES = 10
 NUM_DRAWS = 4 * _TRIES + 1
-"""Area, shape, top and left for each try of a crop; then the flip."""
-
-
-class Box(NamedTuple):
-    top: int
-    left: int
-    height: int
-    width: int
+"""Area, shape, top and left for each try of a `random_resized` crop, room enough for the simpler ones; then the flip."""
 
 
 class TrainView:
-    """Random crop and flip, drawn by (seed, epoch, sample): the same on any rank, thread or restart."""
+    """Random crop, flip and policy, drawn by (seed, epoch, sample): the same on any rank, thread or restart."""
 
-    def __init__(self, config: AugmentConfig, interpolation: str, seed: int) -> None:
+    def __init__(self, config: AugmentConfig, model: ModelConfig, interpolation: str, seed: int) -> None:
         self._config, self._interpolation, self._seed = config, interpolation, seed
+        self._num_draws = INCEPTION_DRAWS + 1 if config.crop == "inception" else NUM_DRAWS
+        self._policy = Policy(config, model, interpolation, seed)
 
     def draws(self, epoch: IntArray, sample: IntArray) -> FloatArray:
-        """float64 [n, NUM_DRAWS] in [0, 1) for samples by epoch and number in the data set."""
+        """float64 [n, draws] in [0, 1) for samples by epoch and number: those of crop and flip, then the policy's."""
         low, high = split64(sample)
-        return uniform(self._seed, Stream.AUGMENT, NUM_DRAWS, low, high, epoch)
+        view = uniform(self._seed, Stream.AUGMENT, self._num_draws, low, high, epoch)
+        return np.concatenate([view, self._policy.draws(low, high, epoch)], axis=1)
 
     def render(self, pixels: Pixels, draws: FloatArray, out: Pixels) -> None:
-        """Write one view of `pixels` [h, w, C] into `out` [H, W, C]; draws: float64 [NUM_DRAWS]."""
-        if self._config.crop == "random_resized":
-            height, width, _ = pixels.shape
-            box = random_resized_box(height, width, self._config.scale, self._config.ratio, draws)
-            pixels = crop(pixels, box)
-        resize(pixels, out, self._interpolation)
-        if self._config.hflip and draws[-1] < 0.5:
+        """Write one view of `pixels` [h, w, C] into `out` [H, W, C]; draws: a row of `draws`."""
+        view, policy = draws[: self._num_draws], draws[self._num_draws :]
+        self._crop(pixels, view, out)
+        if self._config.hflip and view[-1] < 0.5:
             mirror(out)
+        if self._policy.num_draws > 0:
+            out[...] = self._policy.apply(out, policy)
+
+    def _crop(self, pixels: Pixels, draws: FloatArray, out: Pixels) -> None:
+        """`pixels` cropped as the config says, at the size of `out`, written there."""
+        config, (height, width, channels) = self._config, pixels.shape
+        match config.crop:
+            case "random_resized":
+                pixels = crop(pixels, random_resized_box(height, width, config.scale, config.ratio, draws))
+            case "inception":
+                tries = draws[:INCEPTION_DRAWS].reshape(-1, 4).tolist()
+                pixels = crop(pixels, inception_box(height, width, config.scale, config.ratio, tries))
+            case "resize_crop":
+                covering = np.empty((*covering_size((height, width), out.shape[:2], 1.0), channels), np.uint8)
+                resize(pixels, covering, self._interpolation)
+                pixels = simple_crop(covering, out.shape[:2], draws[:SIMPLE_DRAWS])
+        resize(pixels, out, self._interpolation)
 
 
 class EvalView:
@@ -90,7 +101,7 @@ def random_resized_box(
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
 
 
-def covering_size(image: tuple[int, ...], size: tuple[int, int], keep: float) -> tuple[int, int]:
+def covering_size(image: tuple[int, ...], size: tuple[int, ...], keep: float) -> tuple[int, int]:
     """The smallest size of the image's shape that covers size / keep (rounded down, as timm does)."""
     height, width = math.floor(size[0] / keep), math.floor(size[1] / keep)
     if height * image[1] >= width * image[0]:

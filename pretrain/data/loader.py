@@ -133,7 +133,7 @@ class TrainLoader(_Loader):
         self, dataset: Dataset, data: DataConfig, model: ModelConfig, plan: Plan, *, seed: int, rank: int
     ) -> None:
         """plan: made for this data set; seed: of the order and of every draw. Starts threads: close it."""
-        view = TrainView(data.augment, data.interpolation, seed)
+        view = TrainView(data.augment, model, data.interpolation, seed)
         super().__init__(dataset, data, model, plan, view, data.prefetch_steps)
         self._plan, self._slice = plan, plan.slice_of(rank)
         self._order = Order(

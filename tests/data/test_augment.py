@@ -5,10 +5,15 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
+from torchvision.transforms.functional import pad
 
-from pretrain.config import AugmentConfig
+from pretrain.config import AugmentConfig, ModelConfig
 from pretrain.data.augment import NUM_DRAWS, EvalView, TrainView, random_resized_box
+from pretrain.data.crops import INCEPTION_DRAWS, inception_box
+from pretrain.data.policies import Policy
+from pretrain.data.resize import resize
 
+MODEL = ModelConfig(size="Ti", img_size=(16, 16), patch_size=(4, 4), num_classes=2)
 MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 
 
@@ -75,19 +80,20 @@ def test_the_crop_box_is_torchvisions(size, scale, ratio):
 
 
 def test_draws_depend_on_epoch_and_sample_alone():
-    view = TrainView(AugmentConfig(), "bilinear", seed=3)
+    view = TrainView(AugmentConfig(), MODEL, "bilinear", seed=3)
     together = view.draws(np.array([0, 0, 1]), np.array([5, 6, 5]))
     for row, (epoch, sample) in zip(together, [(0, 5), (0, 6), (1, 5)], strict=True):
         np.testing.assert_array_equal(view.draws(np.array([epoch]), np.array([sample]))[0], row)
     assert len({tuple(row) for row in together}) == 3
     assert (
-        TrainView(AugmentConfig(), "bilinear", seed=4).draws(np.array([0]), np.array([5])) != together[0]
+        TrainView(AugmentConfig(), MODEL, "bilinear", seed=4).draws(np.array([0]), np.array([5]))
+        != together[0]
     ).all()
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_a_training_view_is_torchvisions_crop_and_resize(interpolation):
-    view = TrainView(AugmentConfig(hflip=False), interpolation, seed=0)
+    view = TrainView(AugmentConfig(hflip=False), MODEL, interpolation, seed=0)
     theirs = Resize((24, 20), MODES[interpolation], antialias=True)
     for sample in range(20):
         picture = image(60, 90, sample)
@@ -98,7 +104,7 @@ def test_a_training_view_is_torchvisions_crop_and_resize(interpolation):
 
 
 def test_half_of_the_views_are_mirrored():
-    view = TrainView(AugmentConfig(crop="resize"), "bilinear", seed=0)
+    view = TrainView(AugmentConfig(crop="resize"), MODEL, "bilinear", seed=0)
     picture = image(16, 16)
     draws = view.draws(np.zeros(400, dtype=np.int64), np.arange(400))
     pixels = np.asarray(picture)
@@ -109,7 +115,7 @@ def test_half_of_the_views_are_mirrored():
 
 
 def test_the_flip_is_drawn_apart_from_the_crop():
-    view = TrainView(AugmentConfig(), "bilinear", seed=0)
+    view = TrainView(AugmentConfig(), MODEL, "bilinear", seed=0)
     draws = view.draws(np.zeros(4000, dtype=np.int64), np.arange(4000))
     rising = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8), (64, 1)))
     views = [rendered(view, rising, row, (8, 8)).astype(int) for row in draws]
@@ -119,8 +125,57 @@ def test_the_flip_is_drawn_apart_from_the_crop():
         assert abs(np.corrcoef(mirrored, side)[0, 1]) < 0.06
 
 
+@pytest.mark.parametrize(("height", "width"), [(60, 90), (90, 60), (16, 40)])
+def test_a_simple_view_is_deits_resize_and_crop(height: int, width: int):
+    view = TrainView(AugmentConfig(crop="resize_crop", hflip=False), MODEL, "bicubic", seed=0)
+    picture = image(height, width)
+    shorter = Resize(16, MODES["bicubic"], antialias=True)(picture)
+    padded = pad(shorter, [4], padding_mode="reflect")
+    for draws in view.draws(np.zeros(20, dtype=np.int64), np.arange(20)):
+        left, top = (int(draw * (n + 8 - 16 + 1)) for draw, n in zip(draws[1::-1], shorter.size, strict=True))
+        assert_alike(rendered(view, picture, draws), padded.crop((left, top, left + 16, top + 16)))
+
+
+def test_an_inception_view_is_its_box_resized():
+    view = TrainView(AugmentConfig(crop="inception", hflip=False), MODEL, "bilinear", seed=0)
+    picture = image(60, 90)
+    boxes = set()
+    for draws in view.draws(np.zeros(20, dtype=np.int64), np.arange(20)):
+        tries = draws[:INCEPTION_DRAWS].reshape(-1, 4).tolist()
+        top, left, height, width = inception_box(60, 90, (0.08, 1.0), (0.75, 4 / 3), tries)
+        expected = np.empty((16, 16, 3), np.uint8)
+        resize(pixels_of(picture)[top : top + height, left : left + width], expected, "bilinear")
+        np.testing.assert_array_equal(rendered(view, picture, draws), expected)
+        boxes.add((top, left, height, width))
+    assert len(boxes) > 15
+
+
+@pytest.mark.parametrize("crop", ["random_resized", "inception", "resize_crop", "resize"])
+def test_a_policy_is_applied_to_the_cropped_and_mirrored_view(crop: str):
+    config = AugmentConfig.model_validate(
+        {"crop": crop, "three_augment": True, "random_erasing": {"prob": 0.5}}
+    )
+    with_policy, without = (
+        TrainView(c, MODEL, "bilinear", seed=2)
+        for c in (config, AugmentConfig.model_validate({"crop": crop}))
+    )
+    policy = Policy(config, MODEL, "bilinear", seed=2)
+    picture, epoch, sample = image(40, 50), np.ones(8, dtype=np.int64), np.arange(8)
+    rows = (
+        with_policy.draws(epoch, sample),
+        without.draws(epoch, sample),
+        policy.draws(sample, np.zeros_like(sample), epoch),
+    )
+    for both, plain, drawn in zip(*rows, strict=True):
+        np.testing.assert_array_equal(
+            both, np.concatenate([plain, drawn])
+        )  # the crop does not depend on a policy
+        expected = policy.apply(rendered(without, picture, plain), drawn)
+        np.testing.assert_array_equal(rendered(with_policy, picture, both), expected)
+
+
 def test_without_random_parts_a_view_is_the_resized_image():
-    view = TrainView(AugmentConfig(crop="resize", hflip=False), "bicubic", seed=0)
+    view = TrainView(AugmentConfig(crop="resize", hflip=False), MODEL, "bicubic", seed=0)
     picture = image(33, 47)
     expected = picture.resize((10, 12), Image.Resampling.BICUBIC)
     for row in view.draws(np.zeros(5, dtype=np.int64), np.arange(5)):

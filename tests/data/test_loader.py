@@ -82,6 +82,21 @@ def test_accumulation_does_not_change_the_global_batch(train_set, reference, wor
     assert_equal(batches, reference[:4])
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"crop": "inception", "randaugment_timm": {}, "random_erasing": {"prob": 1.0}},
+        {"crop": "resize_crop", "three_augment": True, "color_jitter": {"brightness": 0.3, "contrast": 0.3}},
+        {"randaugment_bv": {"magnitude": 15.0}},
+    ],
+    ids=["timm", "three_augment", "big_vision"],
+)
+def test_policies_do_not_depend_on_the_topology(train_set, policy):
+    alone = global_batches(train_set, 1, 3, decode_threads=0, augment=policy)
+    for world_size, threads in ((2, 2), (5, 0)):
+        assert_equal(global_batches(train_set, world_size, 3, decode_threads=threads, augment=policy), alone)
+
+
 def test_a_restart_at_a_step_equals_going_on(train_set, reference):
     assert_equal(global_batches(train_set, 3, 6, first=17, decode_threads=2), reference[17:23])
 
@@ -120,7 +135,7 @@ def test_a_row_is_its_samples_view_drawn_by_its_number_in_the_data_set(train_set
         block_samples=made.plan.block_samples,
         window_blocks=made.plan.window_blocks,
     )
-    view = TrainView(made.config.data.augment, "bilinear", seed=5)
+    view = TrainView(made.config.data.augment, made.config.model, "bilinear", seed=5)
     rows = order.batch(30)
     draws = view.draws(rows.epoch, train_set.starts[rows.shard] + rows.sample)
     assert len(np.unique(rows.epoch)) == 1
