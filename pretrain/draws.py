@@ -30,6 +30,7 @@ class Stream(IntEnum):
     AUGMENT = 3
     DROP_PATH = 4
     SPLIT = 5
+    MIXUP = 7
     POLICY = 8
 
 
@@ -53,6 +54,21 @@ def normal(first: npt.ArrayLike, second: npt.ArrayLike) -> FloatArray:
     """Two uniform draws in [0, 1) as one standard normal (Box and Muller 1958): float64 of their shape, exact."""
     radius = np.sqrt(-2.0 * np.log1p(-np.asarray(first, dtype=np.float64)))
     return np.asarray(radius * np.cos(2.0 * np.pi * np.asarray(second, dtype=np.float64)))
+
+
+def symmetric_beta(alpha: float, first: npt.ArrayLike, second: npt.ArrayLike) -> FloatArray:
+    """Two uniform draws in [0, 1) as one of Beta(alpha, alpha), any alpha > 0: float64 of their shape, in [0, 1].
+
+    Exact and without rejection, so that the number of draws is fixed: T / sqrt(2 alpha + T^2) of a Student t with
+    2 alpha degrees of freedom is 2 Beta - 1, and T comes from two uniforms by Bailey's polar method (1994,
+    "Polar generation of random variates with the t-distribution"); Devroye 1996, "Random variate generation in one
+    line of code".
+    """
+    uniform = np.log1p(-np.asarray(first, dtype=np.float64))
+    with np.errstate(over="ignore", divide="ignore"):  # an infinite ratio is a share of 0 or 1
+        ratio = np.expm1(-uniform / alpha)  # T^2 / (2 alpha cos^2)
+        cosine = np.cos(2.0 * np.pi * np.asarray(second, dtype=np.float64))
+        return np.asarray(0.5 + 0.5 * np.copysign(1.0 / np.sqrt(1.0 + 1.0 / (ratio * cosine**2)), cosine))
 
 
 def split64(position: npt.ArrayLike) -> tuple[IntArray, IntArray]:

@@ -46,6 +46,47 @@ def test_slices_cut_the_batch_and_micro_batches_hold_every_slice(
     assert micro is None or resolved.micro_batch <= micro
 
 
+@given(pairs=st.integers(1, 2500), world=st.integers(1, 300), micro=st.integers(2, 64) | st.none())
+def test_with_mixing_no_slice_and_no_micro_batch_parts_a_pair(
+    pairs: int, world: int, micro: int | None
+) -> None:
+    world = min(world, pairs)
+    resolved = plan(
+        f"train.global_batch={2 * pairs}",
+        f"train.micro_batch={micro or 'null'}",
+        "objective.mixup_alpha=0.8",
+        world=world,
+    )
+    slices = [resolved.slice_of(rank) for rank in range(world)]
+    assert all(edge % 2 == 0 for bounds in slices for edge in bounds)
+    assert (slices[0][0], slices[-1][1]) == (0, 2 * pairs)
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(slices))
+    assert {stop - start for start, stop in slices} == {resolved.smallest_slice, resolved.largest_slice}
+    assert 0 < resolved.smallest_slice <= resolved.largest_slice <= resolved.smallest_slice + 2
+    assert resolved.micro_batch % 2 == 0
+    assert micro is None or resolved.micro_batch <= micro
+    assert resolved.micro_batch * (resolved.accumulation - 1) < resolved.largest_slice
+    assert resolved.micro_batch * resolved.accumulation >= resolved.largest_slice
+
+
+@pytest.mark.parametrize(
+    ("given_sizes", "world", "named"),
+    [
+        (["train.global_batch=63"], 1, "train.global_batch 63"),
+        (["train.global_batch=64"], 33, "at least 66"),
+        (["train.global_batch=64", "train.micro_batch=1"], 2, "train.micro_batch 1"),
+    ],
+)
+def test_a_batch_that_cannot_be_cut_into_pairs_is_refused_with_mixing_alone(
+    given_sizes: list[str], world: int, named: str
+) -> None:
+    assert plan(*given_sizes, world=world).row_unit == 1
+    for mixing in ("objective.mixup_alpha=0.8", "objective.cutmix_alpha=1.0"):
+        with pytest.raises(ConfigError, match="pairs") as caught:
+            plan(*given_sizes, mixing, world=world)
+        assert named in str(caught.value)
+
+
 def test_without_a_micro_batch_nothing_is_accumulated() -> None:
     resolved = plan(world=3)
     assert (resolved.micro_batch, resolved.accumulation) == (22, 1)

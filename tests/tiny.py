@@ -7,7 +7,7 @@ import torch
 
 from pretrain.batch import Batch
 from pretrain.config import Config, Plan, resolve
-from pretrain.config.plan import DataFacts, Hardware, slice_bounds
+from pretrain.config.plan import DataFacts, Hardware
 
 SAMPLES = 64
 
@@ -60,7 +60,7 @@ def global_batch(cfg: Config, step: int) -> Batch:
 def micro_batches(cfg: Config, pln: Plan, step: int, rank: int) -> list[Batch]:
     """A rank's slice of the global batch, cut and padded as the loader does it."""
     whole = global_batch(cfg, step)
-    start, stop = slice_bounds(pln.global_batch, rank, pln.world_size)
+    start, stop = pln.slice_of(rank)
     parts = []
     for index in range(pln.accumulation):
         rows = torch.arange(start + index * pln.micro_batch, start + (index + 1) * pln.micro_batch)

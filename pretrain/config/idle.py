@@ -47,6 +47,13 @@ def _idle(config: Config) -> Iterator[_Idle]:
         yield _Idle("data", data, ("val_crop",), "there is no data.val")
         yield _Idle("train", config.train, ("eval_every_steps",), "there is no data.val")
         yield _Idle("checkpoint", config.checkpoint, ("keep_best",), "there is no data.val")
+    objective = config.objective
+    if not objective.mixes:
+        reason = "mixup_alpha and cutmix_alpha are 0: nothing is mixed"
+        yield _Idle("objective", objective, ("mix_prob", "mix_switch_prob"), reason)
+    elif not (objective.mixup_alpha and objective.cutmix_alpha):
+        reason = "only one of mixup_alpha and cutmix_alpha is above 0"
+        yield _Idle("objective", objective, ("mix_switch_prob",), reason)
     if config.model.global_pool != "token":
         reason = f"{config.model.global_pool} pooling has no cls token"
         yield _Idle("model", config.model, ("pos_embed_order",), reason)

@@ -45,6 +45,7 @@ class Plan:
 
     world_size: int
     global_batch: int
+    row_unit: int
     smallest_slice: int
     largest_slice: int
     micro_batch: int
@@ -81,7 +82,7 @@ class Plan:
 
     def slice_of(self, rank: int) -> tuple[int, int]:
         """First and past-the-last row of the global batch that `rank` computes."""
-        return slice_bounds(self.global_batch, rank, self.world_size)
+        return slice_bounds(self.global_batch, rank, self.world_size, self.row_unit)
 
     @property
     def loss_scale(self) -> float:
@@ -102,6 +103,7 @@ class Plan:
             if self.smallest_slice == self.largest_slice
             else f"{self.smallest_slice} to {self.largest_slice} (uneven; losses are weighted)"
         )
+        slices += ", in pairs that mix" if self.row_unit == 2 else ""
         clip = "off" if self.clip_grad_norm is None else f"{self.clip_grad_norm:g}"
         blocks = {0: "off", 1: "every block"}.get(
             self.checkpoint_every_blocks, f"every {self.checkpoint_every_blocks} blocks"
@@ -144,13 +146,9 @@ class Plan:
 def resolve(config: Config, world_size: int, data: DataFacts, hardware: Hardware) -> Plan:
     """Compute the plan; raises `ConfigError` where the settings cannot be met."""
     batch = config.train.global_batch
-    if batch < world_size:
-        raise ConfigError(
-            f"train.global_batch {batch} is smaller than the world of {world_size} ranks: some would have no sample. "
-            f"Use at least {world_size}, or fewer ranks."
-        )
-    smallest, largest = batch // world_size, -(-batch // world_size)
-    accumulation = -(-largest // (config.train.micro_batch or largest))
+    unit = _row_unit(config, world_size)
+    smallest, largest = unit * (batch // unit // world_size), unit * -(-batch // unit // world_size)
+    micro_batch, accumulation = _micro_batch(config.train.micro_batch or largest, largest, unit)
     total_steps = _steps(
         config.train.total_steps, config.train.total_epochs, config.train.total_samples, batch, data.samples
     )
@@ -166,9 +164,10 @@ def resolve(config: Config, world_size: int, data: DataFacts, hardware: Hardware
     return Plan(
         world_size=world_size,
         global_batch=batch,
+        row_unit=unit,
         smallest_slice=smallest,
         largest_slice=largest,
-        micro_batch=-(-largest // accumulation),
+        micro_batch=micro_batch,
         accumulation=accumulation,
         lanes=_lanes(config.data.lanes, batch),
         block_samples=max(1, round(config.data.block_mib * 2**20 * data.samples / max(1, data.bytes))),
@@ -202,9 +201,40 @@ def resolve(config: Config, world_size: int, data: DataFacts, hardware: Hardware
     )
 
 
-def slice_bounds(batch: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Rows [start, stop) of a global batch that belong to `rank`; lengths differ by at most one."""
-    return rank * batch // world_size, (rank + 1) * batch // world_size
+def slice_bounds(batch: int, rank: int, world_size: int, unit: int = 1) -> tuple[int, int]:
+    """Rows [start, stop) of a global batch that belong to `rank`; lengths differ by at most `unit`.
+
+    unit: adjacent rows that stay together; it divides the batch.
+    """
+    units = batch // unit
+    return unit * (rank * units // world_size), unit * ((rank + 1) * units // world_size)
+
+
+def _row_unit(config: Config, world_size: int) -> int:
+    """Adjacent rows that no slice and no micro-batch may part: 2 where pairs are mixed, else 1."""
+    batch, micro = config.train.global_batch, config.train.micro_batch
+    if not config.objective.mixes:
+        if batch < world_size:
+            raise ConfigError(
+                f"train.global_batch {batch} is smaller than the world of {world_size} ranks: some would have no sample. "
+                f"Use at least {world_size}, or fewer ranks."
+            )
+        return 1
+    if batch % 2 or batch < 2 * world_size or micro == 1:
+        given = f"train.global_batch {batch}" if micro != 1 else "train.micro_batch 1"
+        raise ConfigError(
+            f"{given} cannot be cut into pairs for {world_size} ranks; mixup and CutMix mix pairs of samples. Use an even "
+            f"train.global_batch of at least {2 * world_size} and a micro-batch of at least 2, or set "
+            "objective.mixup_alpha and objective.cutmix_alpha to 0."
+        )
+    return 2
+
+
+def _micro_batch(most: int, largest: int, unit: int) -> tuple[int, int]:
+    """(micro-batch, accumulation) that hold a slice of `largest` rows in micro-batches of at most `most`, both in units."""
+    units = largest // unit
+    accumulation = -(-units // (most // unit))
+    return unit * -(-units // accumulation), accumulation
 
 
 def _steps(steps: int | None, epochs: float | None, samples: int | None, batch: int, dataset: int) -> int:

@@ -289,6 +289,22 @@ class ObjectiveConfig(Section):
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="share of the target that is spread over all classes"
     )
+    mixup_alpha: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="mixup of pairs of images, their shares from Beta(this, this); 0: none"
+    )
+    cutmix_alpha: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="CutMix of pairs, the area left from Beta(this, this); 0: none"
+    )
+    mix_prob: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="probability that a pair is mixed at all"
+    )
+    mix_switch_prob: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.5, description="with both: probability that a mixed pair is CutMix's rather than mixup's"
+    )
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
 
 class OptimConfig(Section):

@@ -23,7 +23,7 @@ from pretrain.engine import fragments, private_api
 from pretrain.engine.fragments import Fragment
 from pretrain.engine.settings import deepspeed_config
 from pretrain.model import VisionTransformer, drop_path_rates, keep_factors
-from pretrain.objective import Objective
+from pretrain.objective import Mix, Objective, draw_mix
 from pretrain.optim import build_optimizer, parameter_groups, set_lr
 
 Reader = Callable[[str, str, int, int], Tensor]
@@ -96,10 +96,12 @@ class Engine:
         set_lr(self._optimizer.param_groups, lr)
         loss_sum = torch.zeros((), device=self.ranks.device)
         for position, batch in enumerate(micro_batches, start=1):
-            keep = self._drop_path(batch)
+            keep, mix = self._drop_path(batch), self._mix(batch)
             on_device = batch.to(self.ranks.device)
-            logits = self._engine(on_device.images, keep)
-            loss = (self._objective.losses(logits, on_device.labels) * on_device.weights).sum()
+            own_pixels, own_label = (mix.pixels(self.plan.img_size), mix.label) if mix else (None, None)
+            logits = self._engine(on_device.images, keep, own_pixels)
+            losses = self._objective.losses(logits, on_device.labels, own_label)
+            loss = (losses * on_device.weights).sum()
             loss_sum += loss.detach()
             self._engine.backward(loss * self.plan.loss_scale, scale_wrt_gas=False)
             if position == self.plan.accumulation:
@@ -170,6 +172,12 @@ class Engine:
         return keep_factors(self.config.run.seed, batch.positions, self._rates).to(
             self.ranks.device, non_blocking=True
         )
+
+    def _mix(self, batch: Batch) -> Mix | None:
+        if not self.config.objective.mixes:
+            return None
+        mix = draw_mix(self.config.objective, self.config.run.seed, batch.positions, self.plan.img_size)
+        return mix.to(self.ranks.device)
 
     def _clip_replicated(self) -> Tensor:
         """Stage 0: norm of the reduced gradient, clipped in place; a non-finite one is dropped so that nothing moves."""

@@ -40,15 +40,20 @@ class PatchEmbed(nn.Module):
         self.config = config
         self.proj = PatchProjection(config)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """uint8 [B, H, W, C] -> [B, N, D]."""
-        tokens: Tensor = self.proj(self.normalize(self.patchify(images)))
+    def forward(self, images: Tensor, own_share: Tensor | None = None) -> Tensor:
+        """uint8 [B, H, W, C] -> [B, N, D]; `own_share` as in `VisionTransformer.forward`."""
+        patches = self.normalize(self.patchify(images))
+        if own_share is not None:
+            others = patches.reshape(-1, 2, *patches.shape[1:]).flip(1).reshape(patches.shape)
+            share = self.patchify(own_share[..., None]).repeat(1, 1, self.config.in_chans)  # [B, N, C*P*P]
+            patches = torch.lerp(others, patches, share)
+        tokens: Tensor = self.proj(patches)
         return tokens
 
     def patchify(self, images: Tensor) -> Tensor:
-        """uint8 [B, H, W, C] -> uint8 [B, N, C*P*P], patches by rows, each in the order of the weight."""
+        """[B, H, W, C] -> [B, N, C*P*P] of the same dtype, patches by rows, each in the order of the weight."""
         (rows, columns), (height, width) = self.config.grid, self.config.patch_size
-        x = images.reshape(-1, rows, height, columns, width, self.config.in_chans)
+        x = images.reshape(-1, rows, height, columns, width, images.shape[-1])
         return x.permute(0, 1, 3, 5, 2, 4).reshape(len(images), rows * columns, -1)
 
     def normalize(self, patches: Tensor) -> Tensor:
@@ -169,18 +174,24 @@ class VisionTransformer(nn.Module):
         self.fc_norm = nn.LayerNorm(width, config.norm_eps) if pool == "avg" else nn.Identity()
         self.head = nn.Linear(width, config.num_classes)
 
-    def forward(self, images: Tensor, drop_path_keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, drop_path_keep: Tensor | None = None, own_share: Tensor | None = None
+    ) -> Tensor:
         """Logits [B, K], in the dtype of the weights.
 
         images          uint8   [B, H, W, C]
         drop_path_keep  float32 [B, depth, 2]  from `keep_factors`; none: no stochastic depth
+        own_share       float32 [B, H, W]      mixes normalised images 2i and 2i + 1: what each pixel keeps of its own,
+                                               in [0, 1], the rest is its partner's; none: nothing is mixed
         """
-        return self.forward_head(self.forward_features(images, drop_path_keep))
+        return self.forward_head(self.forward_features(images, drop_path_keep, own_share))
 
-    def forward_features(self, images: Tensor, drop_path_keep: Tensor | None = None) -> Tensor:
+    def forward_features(
+        self, images: Tensor, drop_path_keep: Tensor | None = None, own_share: Tensor | None = None
+    ) -> Tensor:
         """uint8 [B, H, W, C] -> tokens [B, T, D] after the last block, and after `norm` unless the pool is avg."""
         self._check(images)
-        patches = self.patch_embed(images)
+        patches = self.patch_embed(images, own_share)
         x: Tensor = add_learned_1d(patches, self.cls_token, self.pos_embed, self.config.pos_embed_order)
         for i, block in enumerate(self.blocks):
             keep = None if drop_path_keep is None else drop_path_keep[:, i]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.config import ObjectiveConfig
+from pretrain.objective.mix import partners
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,19 @@ class Objective:
     config: ObjectiveConfig
     num_classes: int
 
-    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def losses(self, logits: Tensor, labels: Tensor, own_share: Tensor | None = None) -> Tensor:
         """The loss of each sample, computed in float32 under any autocast: [b, K], int64 [b] -> float32 [b].
+
+        own_share: float32 [b], where rows 2i and 2i + 1 were mixed: the target is that share of the own label's and
+        the rest of the partner's. Both losses are linear in the target, so the two are mixed after the fact.
+        """
+        losses = self._losses(logits, labels)
+        if own_share is None:
+            return losses
+        return own_share * losses + (1 - own_share) * self._losses(logits, partners(labels))
+
+    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """With one label a sample.
 
         softmax: cross-entropy; the target is 1 - s on the label plus s / K everywhere (Szegedy et al. 2015,
             arXiv 1512.00567, section 7).
