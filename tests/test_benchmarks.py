@@ -4,14 +4,27 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "step.py"
+FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 def test_the_step_benchmark_compares_the_same_step_of_all_contenders() -> None:
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--case", "demo", "--rounds", "2"], capture_output=True, text=True
+        [sys.executable, str(FOLDER / "step.py"), "--case", "demo", "--rounds", "2"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     for contender in ("ours", "timm", "engine"):
         assert contender in done.stdout
     assert "share of peak" in done.stdout
+
+
+def test_the_augmentation_benchmark_runs_every_policy() -> None:
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "augment.py"), "--size", "32", "--images", "16", "--rounds", "2"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for policy in ("randaugment_timm", "randaugment_bv", "three_augment", "color_jitter", "random_erasing"):
+        assert policy in done.stdout

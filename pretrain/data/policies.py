@@ -2,7 +2,7 @@
 
 A stage turns uint8 [h, w, C] into uint8 of that shape; `num_draws` numbers in [0, 1) decide everything that is random
 in it. An image goes through at most one policy (RandAugment in one of two semantics, or 3-Augment), then colour
-jitter, then random erasing: timm's order.
+jitter, then random erasing: timm's order. `docs/augment.md` has the references.
 """
 
 from collections.abc import Callable, Sequence
