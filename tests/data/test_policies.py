@@ -1,5 +1,5 @@
 """Operations and policies against the code that defines them: timm's and torchvision's beside ours, big_vision's by the
-answers that TensorFlow gave for it."""
+answers that TensorFlow gave to a transcription of it."""
 
 import json
 import random
@@ -35,7 +35,7 @@ PHOTOS = Path(sklearn.datasets.__file__).parent / "images"
 BICUBIC = Image.Resampling.BICUBIC
 FILL = (124, 116, 104)
 ANSWERS = json.loads((Path(__file__).parent / "tensorflow.json").read_text())
-"""`operations`: CRC-32 of what big_vision's `pp/autoaugment.py` (commit 538b8a8) made of two images under TensorFlow 2.21
+"""`operations`: CRC-32 of what a transcription of big_vision's `pp/autoaugment.py` (538b8a8) made of two images, TensorFlow 2.21
 and numpy 1.26, by operation and signed magnitude; `tfa.image` stood for by the same kernel in TensorFlow's own
 `ImageProjectiveTransformV3`. `inputs`: CRC-32 of the images."""
 
