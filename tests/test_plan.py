@@ -44,7 +44,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         size=ShardSize(2, 2**20),
         seed=0,
         overwrite=False,
-        on_sample=lambda: None,
     )
     path = folder / "x.yaml"
     path.write_text(CONFIG.format(folder=folder))

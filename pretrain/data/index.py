@@ -1,14 +1,15 @@
 """The index beside a shard, `X.tar.idx`: where each sample lies in the tar, and a checksum of its bytes.
 
-Little endian. A header of 64 bytes, then a row of 12 bytes for each sample, in the order of the tar:
+Little endian. A header of 68 bytes, then a row of 12 bytes for each sample, in the order of the tar:
 
     header   8 bytes  magic                        row   uint32  offset of its first header, in blocks of 512 bytes
              uint32   version                            uint32  bytes of its members with headers and padding
              uint32   number of samples                  uint32  crc32 of those bytes
              uint64   bytes of the tar
              32 bytes sha256 of the tar
-             4 bytes  zeros
-             uint32   crc32 of the 60 bytes before and of all rows
+             uint32   lowest label
+             uint32   highest label
+             uint32   crc32 of the 64 bytes before and of all rows
 """
 
 import struct
@@ -23,28 +24,30 @@ import numpy.typing as npt
 from pretrain.errors import DataError
 
 MAGIC = b"VITSHIDX"
-VERSION = 1
+VERSION = 2
 BLOCK = 512
 SUFFIX = ".idx"
 
-_HEADER = struct.Struct("<8sIIQ32s4xI")
+_HEADER = struct.Struct("<8sIIQ32sIII")
 _BEFORE_CRC = _HEADER.size - 4
 ROW = np.dtype([("offset", "<u4"), ("length", "<u4"), ("crc32", "<u4")])
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """table: structured array [samples] of `ROW`; tar_bytes, tar_sha256 (hex): the tar that it was made from."""
+    """table: structured array [samples] of `ROW`; tar_bytes, tar_sha256 (hex): the tar that it was made from;
+    labels: lowest and highest in it."""
 
     table: npt.NDArray[np.void]
     tar_bytes: int
     tar_sha256: str
+    labels: tuple[int, int]
 
     def to_bytes(self) -> bytes:
         table = self.table.tobytes()
-        head = _HEADER.pack(
-            MAGIC, VERSION, len(self.table), self.tar_bytes, bytes.fromhex(self.tar_sha256), 0
-        )[:_BEFORE_CRC]
+        tar_sha256 = bytes.fromhex(self.tar_sha256)
+        head = _HEADER.pack(MAGIC, VERSION, len(self.table), self.tar_bytes, tar_sha256, *self.labels, 0)
+        head = head[:_BEFORE_CRC]
         return head + struct.pack("<I", zlib.crc32(table, zlib.crc32(head))) + table
 
 
@@ -65,7 +68,7 @@ def parse_index(data: bytes, path: Path) -> ShardIndex:
 
     if len(data) < _HEADER.size or not data.startswith(MAGIC):
         raise refuse("not an index of a shard, or cut short")
-    _, version, count, tar_bytes, tar_sha256, crc = _HEADER.unpack_from(data)
+    _, version, count, tar_bytes, tar_sha256, *labels, crc = _HEADER.unpack_from(data)
     if version != VERSION:
         raise refuse(f"an index of version {version}; this program reads version {VERSION}")
     if len(data) != _HEADER.size + count * ROW.itemsize:
@@ -75,7 +78,7 @@ def parse_index(data: bytes, path: Path) -> ShardIndex:
     table = np.frombuffer(data, ROW, offset=_HEADER.size)
     if not _is_sound(table, tar_bytes):
         raise refuse("its samples overlap or lie outside the tar")
-    return ShardIndex(table, tar_bytes, tar_sha256.hex())
+    return ShardIndex(table, tar_bytes, tar_sha256.hex(), (labels[0], labels[1]))
 
 
 def _is_sound(table: npt.NDArray[Any], tar_bytes: int) -> bool:

@@ -1,83 +1,84 @@
-"""From a tar to its index, and from a folder of tars to its manifest. Anybody's plain tars, trusted in nothing."""
+"""From a folder of tars to its manifest, with an index beside each tar. A tar that has not changed is not read again."""
 
 import hashlib
-import io
 import os
-import tarfile
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
 
-import numpy as np
-
-from pretrain.data.index import BLOCK, ROW, ShardIndex, index_path
+from pretrain.data.index import ShardIndex, index_path, parse_index
 from pretrain.data.manifest import NAME, Manifest, Shard, read_manifest
-from pretrain.data.tar import members, padded, parse_sample, split_name
+from pretrain.data.pool import Advance, run
+from pretrain.data.walk import scan
 from pretrain.errors import DataError
 
-MAX_SAMPLE_BYTES = 256 * 2**20
-MAX_HEADER_BYTES = 2**20
-_CHUNK = 2**20
+_SHOWN = 10
 
 
-@dataclass(frozen=True)
-class Scan:
-    """labels: lowest and highest in the shard."""
+class Indexed(NamedTuple):
+    """A shard with its index beside it. labels: lowest and highest."""
 
-    index: ShardIndex
+    shard: Shard
     labels: tuple[int, int]
 
 
-@dataclass
-class _Range:
-    """A sample as its members are walked. sizes: bytes of the content by suffix."""
+class _Tar(NamedTuple):
+    """A job. fresh: read the tar whatever index it has."""
 
-    key: str
-    start: int
-    stop: int
-    sizes: dict[str, int] = field(default_factory=dict)
+    path: Path
+    fresh: bool
 
 
 def index_folder(
-    folder: Path, class_names: list[str] | None = None, on_shard: Callable[[Path], object] = lambda _: None
+    folder: Path,
+    class_names: list[str] | None = None,
+    on_shard: Callable[[Path], object] = lambda _: None,
+    *,
+    workers: int = 1,
+    verify: bool = False,
 ) -> Manifest:
     """Write the index of every `*.tar` in `folder`, in the order of their names, and the manifest. Returns it.
 
-    on_shard: called with each tar that is done. Raises `DataError` for a tar that cannot be trusted; a manifest that
+    A tar whose index is younger than itself and says its size keeps that index unread, unless `verify`: what a killed
+    run has done is not done again. on_shard: called with each tar that is done. workers: processes.
+
+    Raises `DataError` naming every tar that cannot be trusted, after all others have got their index; a manifest that
     is there stays as it was.
     """
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise DataError(f"{folder}: there is no .tar file in this folder")
+    indexed: dict[int, Indexed] = {}
+    bad: dict[int, str] = {}
+    for outcome in run(_index_if_needed, [_Tar(tar, verify) for tar in tars], workers):
+        if outcome.error is None:
+            indexed[outcome.number] = outcome.result()
+        elif isinstance(outcome.error, OSError):
+            bad[outcome.number] = f"{tars[outcome.number]}: cannot be indexed: {outcome.error}"
+        else:
+            bad[outcome.number] = str(outcome.error)
+        on_shard(tars[outcome.number])
+    if bad:
+        raise DataError(_all_bad([bad[number] for number in sorted(bad)], len(tars)))
     try:
-        return _index_tars(folder, tars, class_names, on_shard)
+        return write_manifest(folder, (indexed[number] for number in range(len(tars))), class_names)
     except OSError as error:
         raise DataError(f"{folder}: cannot be indexed: {error}") from None
 
 
-def _index_tars(
-    folder: Path, tars: list[Path], class_names: list[str] | None, on_shard: Callable[[Path], object]
-) -> Manifest:
-    shards, lowest, highest = [], [], []
-    for tar in tars:
-        found = scan(tar)
-        content = found.index.to_bytes()
-        write_aside(index_path(tar), content)
-        shards.append(
-            Shard(
-                name=tar.name,
-                samples=len(found.index.table),
-                bytes=found.index.tar_bytes,
-                sha256=found.index.tar_sha256,
-                index_sha256=hashlib.sha256(content).hexdigest(),
-            )
-        )
-        lowest.append(found.labels[0])
-        highest.append(found.labels[1])
-        on_shard(tar)
-    manifest = Manifest.of(shards, (min(lowest), max(highest)), class_names)
+def index_tar(tar: Path) -> Indexed:
+    """Read a tar and write its index beside it; raises `DataError` (see `scan`) and `OSError`."""
+    index = scan(tar)
+    content = index.to_bytes()
+    write_aside(index_path(tar), content)
+    return _indexed(tar, index, content)
+
+
+def write_manifest(folder: Path, shards: Iterable[Indexed], class_names: list[str] | None) -> Manifest:
+    """Write the manifest of shards in `folder`, in their order, and return it."""
+    indexed = list(shards)
+    lowest, highest = zip(*(one.labels for one in indexed), strict=True)
+    manifest = Manifest.of([one.shard for one in indexed], (min(lowest), max(highest)), class_names)
     write_aside(folder / NAME, (manifest.model_dump_json(indent=1) + "\n").encode())
     return manifest
 
@@ -90,28 +91,6 @@ def known_class_names(folder: Path) -> list[str] | None:
         return None
 
 
-def scan(path: Path) -> Scan:
-    """Index one tar.
-
-    Raises `DataError` naming it where it is cut short or damaged, where members of a sample do not stand together or
-    occur twice, where a name leads out of its folder, and where a sample lacks an image or an integer label.
-    """
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        ranges, end = _walk(file, path)
-        _check_end(file, end, path)
-        if not ranges:
-            raise DataError(f"{path}: holds no sample; remove the file")
-        table = np.empty(len(ranges), ROW)
-        labels = []
-        for i, sample in enumerate(ranges):
-            data = os.pread(file.fileno(), sample.stop - sample.start, sample.start)
-            table[i] = sample.start // BLOCK, len(data), zlib.crc32(data)
-            labels.append(_check_sample(data, sample, f"{path}, sample {i}"))
-        index = ShardIndex(table, os.fstat(file.fileno()).st_size, sha256)
-    return Scan(index, (min(labels), max(labels)))
-
-
 def write_aside(path: Path, content: bytes) -> None:
     """Replace a file in one step: it is the old one or the new one at any instant, and after a power cut."""
     aside = path.with_name(path.name + ".partial")
@@ -122,96 +101,39 @@ def write_aside(path: Path, content: bytes) -> None:
     aside.replace(path)
 
 
-class _BoundedReads(io.RawIOBase):
-    """What `tarfile` sees of a file: it may seek at will, but not ask for a header of gigabytes."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-
-    def read(self, size: int = -1, /) -> bytes:
-        if not 0 <= size <= MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {size} bytes; at most {MAX_HEADER_BYTES} are read")
-        return self._file.read(size)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
+def _index_if_needed(tar: _Tar, advance: Advance) -> Indexed:
+    indexed = None if tar.fresh else _unchanged(tar.path)
+    return indexed or index_tar(tar.path)
 
 
-def _walk(file: BinaryIO, path: Path) -> tuple[list[_Range], int]:
-    """The samples of a tar, and where its last member ends."""
-    ranges: list[_Range] = []
-    seen: set[str] = set()
-    end = 0
-    file.seek(0)
+def _unchanged(tar: Path) -> Indexed | None:
+    """What the index beside a tar says, if it was written after the tar and for its size."""
+    file = index_path(tar)
     try:
-        with tarfile.open(fileobj=_BoundedReads(file), mode="r:") as tar:
-            for member in tar:
-                end = member.offset_data + (padded(member.size) if member.isreg() else 0)
-                _check_member(member, path)
-                parts = split_name(member.name)
-                if parts is not None and member.isreg():
-                    _append(ranges, seen, member.offset, *parts, member.size, path)
-                    ranges[-1].stop = end
-    except tarfile.TarError as error:
-        raise DataError(f"{path}: cut short, damaged, or not an uncompressed tar: {error}") from None
-    return ranges, end
+        content = file.read_bytes()
+        index = parse_index(content, file)
+        written, changed = file.stat().st_mtime_ns, tar.stat()
+    except (OSError, DataError):
+        return None
+    # In the same tick of the clock the tar may have changed after its index was written.
+    if index.tar_bytes != changed.st_size or written <= changed.st_mtime_ns:
+        return None
+    return _indexed(tar, index, content)
 
 
-def _append(
-    ranges: list[_Range], seen: set[str], offset: int, key: str, suffix: str, size: int, path: Path
-) -> None:
-    """Add a member to the sample that is being walked, or begin the next."""
-    if not ranges or ranges[-1].key != key:
-        if key in seen:
-            raise DataError(
-                f"{path}: the members of sample {key} do not stand together, or its key occurs twice\n"
-                "  Write the tar again, sorted by name and with one key a sample."
-            )
-        seen.add(key)
-        ranges.append(_Range(key, offset, offset))
-    if suffix in ranges[-1].sizes:
-        raise DataError(f"{path}: {key}.{suffix} occurs twice\n  Write the tar again with one key a sample.")
-    ranges[-1].sizes[suffix] = size
+def _indexed(tar: Path, index: ShardIndex, content: bytes) -> Indexed:
+    shard = Shard(
+        name=tar.name,
+        samples=len(index.table),
+        bytes=index.tar_bytes,
+        sha256=index.tar_sha256,
+        index_sha256=hashlib.sha256(content).hexdigest(),
+    )
+    return Indexed(shard, index.labels)
 
 
-def _check_member(member: tarfile.TarInfo, path: Path) -> None:
-    name = member.name
-    if name.startswith("/") or ".." in name.split("/") or not name.isprintable():
-        raise DataError(
-            f"{path}: a member is named {name!a}; absolute names, `..` and control characters are refused"
-        )
-    if member.issparse():
-        raise DataError(f"{path}: {name} is a sparse file; write the tar without --sparse")
-    if member.size > MAX_SAMPLE_BYTES:
-        raise DataError(f"{path}: {name} has {member.size:,} bytes; at most {MAX_SAMPLE_BYTES:,} are allowed")
-
-
-def _check_end(file: BinaryIO, end: int, path: Path) -> None:
-    """After the last member only the zeros that end a tar may follow; `tarfile` stops in silence at anything else."""
-    size = os.fstat(file.fileno()).st_size
-    if size < end + BLOCK:
-        raise DataError(f"{path}: cut short: the blocks of zeros that end a tar are missing")
-    for start in range(end, size, _CHUNK):
-        if any(os.pread(file.fileno(), _CHUNK, start)):
-            raise DataError(
-                f"{path}: damaged after byte {end:,}, or several tars in one file; a reader would stop there"
-            )
-
-
-def _check_sample(data: bytes, sample: _Range, where: str) -> int:
-    """Read a sample the way training will, compare it with what `tarfile` saw, and return its label."""
-    if len(data) > MAX_SAMPLE_BYTES:
-        raise DataError(
-            f"{where} ({sample.key}): {len(data):,} bytes; at most {MAX_SAMPLE_BYTES:,} are allowed"
-        )
-    found = [(split_name(name), len(content)) for name, content in members(data, where)]
-    if {parts: size for parts, size in found if parts} != {
-        (sample.key, suffix): size for suffix, size in sample.sizes.items()
-    }:
-        raise DataError(
-            f"{where} ({sample.key}): its members depend on headers before it; write the tar again"
-        )
-    return parse_sample(data, where).label
+def _all_bad(reasons: list[str], count: int) -> str:
+    if len(reasons) == 1:
+        return reasons[0]
+    more = f"\n... and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
+    return f"{len(reasons)} of {count} tars cannot be indexed\n" + "\n".join(reasons[:_SHOWN]) + more

@@ -198,7 +198,7 @@ def test_another_index_of_the_same_tar_is_refused(copied):
     index = parse_index(file.read_bytes(), file)
     table = index.table.copy()
     table["crc32"][0] ^= 1
-    file.write_bytes(ShardIndex(table, index.tar_bytes, index.tar_sha256).to_bytes())
+    file.write_bytes(ShardIndex(table, index.tar_bytes, index.tar_sha256, index.labels).to_bytes())
     with pytest.raises(DataError, match=r"train-000000\.tar\.idx: not the index that the manifest names"):
         read_all(dataset, np.array([1]))
 
@@ -214,7 +214,7 @@ def test_an_index_whose_samples_overlap_or_lie_outside_is_refused(digits, change
     table = index.table.copy()
     table[column][row] = value
     with pytest.raises(DataError, match="overlap or lie outside"):
-        parse_index(ShardIndex(table, index.tar_bytes, index.tar_sha256).to_bytes(), file)
+        parse_index(ShardIndex(table, index.tar_bytes, index.tar_sha256, index.labels).to_bytes(), file)
 
 
 def test_a_damaged_header_is_refused_by_its_own_checksum(tmp_path):

@@ -1,0 +1,191 @@
+"""Jobs in worker processes: started fresh, so that nobody's threads or torch are forked, and gone when we are gone.
+
+    here    job -->              worker: task(job, advance)
+            <-- _ADVANCED n      now and then
+            <-- _RETURNED value, _REFUSED error or _BROKEN error
+
+A worker imports the module of its task, and nothing else of ours: keep those free of torch. What stops it: its pipe
+ends (no job is left, or we stopped listening), or its parent is dead, whatever it is doing just then.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, TypeVar
+
+from pretrain.errors import DataError, UserError
+
+Advance = Callable[[int], object]
+"""Told how many more images, shards or whatever the task counts are done."""
+
+Job = TypeVar("Job")
+Value = TypeVar("Value")
+
+_ADVANCED, _RETURNED, _REFUSED, _BROKEN = range(4)
+_SECONDS_BETWEEN_WORDS = 0.2
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[Value]):
+    """What became of job `number`: `result()` gives its value, or raises the `UserError` or `OSError` it ended with."""
+
+    number: int
+    value: Value | None
+    error: UserError | OSError | None = None
+
+    def result(self) -> Value:
+        if self.error is not None:
+            raise self.error
+        return self.value  # type: ignore[return-value]  # a task that returns None has Value None
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on; fewer than the machine has under Slurm or taskset."""
+    return len(os.sched_getaffinity(0))
+
+
+def run(
+    task: Callable[[Job, Advance], Value],
+    jobs: Sequence[Job],
+    workers: int,
+    advance: Advance = lambda _: None,
+) -> Iterator[Outcome[Value]]:
+    """Outcomes in the order in which jobs end. One worker, or one job: all of it in this process.
+
+    task: a function of a module, with jobs and values that travel between processes. Closing the iterator stops what
+    is still running. Raises `DataError` where a worker dies, and whatever a task raised that is neither a `UserError`
+    nor an `OSError`.
+    """
+    workers = min(workers, len(jobs))
+    if workers > 1:
+        yield from _in_processes(task, jobs, workers, advance)
+        return
+    for number, job in enumerate(jobs):
+        try:
+            yield Outcome(number, task(job, advance))
+        except (UserError, OSError) as error:
+            yield Outcome(number, None, error)
+
+
+@dataclass
+class _Worker:
+    """here: our end of its pipe; number: the job that it has."""
+
+    process: BaseProcess
+    here: Connection
+    number: int = -1
+
+    def give(self, number: int, job: object) -> None:
+        self.number = number
+        self.here.send(job)
+
+
+def _in_processes(
+    task: Callable[[Job, Advance], Value], jobs: Sequence[Job], workers: int, advance: Advance
+) -> Iterator[Outcome[Value]]:
+    waiting = enumerate(jobs)
+    crew: list[_Worker] = []
+    try:
+        while len(crew) < workers:
+            crew.append(_start(task))
+        busy = {worker.here: worker for worker in crew}
+        for worker, (number, job) in zip(crew, islice(waiting, workers), strict=True):
+            _talk(worker, jobs, worker.give, number, job)
+        while busy:
+            for ready in wait(list(busy)):
+                worker = busy[ready]  # type: ignore[index]  # `wait` returns what it was given
+                kind, value = _talk(worker, jobs, worker.here.recv)
+                if kind == _ADVANCED:
+                    advance(value)
+                    continue
+                if kind == _BROKEN:
+                    raise value
+                number = worker.number
+                following = next(waiting, None)
+                if following is None:
+                    del busy[worker.here]
+                else:
+                    _talk(worker, jobs, worker.give, *following)
+                yield Outcome(number, *((value,) if kind == _RETURNED else (None, value)))
+    finally:
+        for worker in crew:
+            worker.process.kill()
+            worker.process.join()
+            worker.here.close()
+
+
+def _start(task: Callable[[Job, Advance], Value]) -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(task, there), daemon=True)
+    process.start()
+    there.close()  # so that its death reads as the end of the pipe
+    return _Worker(process, here)
+
+
+def _talk(worker: _Worker, jobs: Sequence[Job], say: Callable[..., Any], *words: object) -> Any:
+    try:
+        return say(*words)
+    except (EOFError, ConnectionError):
+        worker.process.join()
+        code = worker.process.exitcode or 0
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        raise DataError(
+            f"a worker process {how} at job {worker.number + 1} of {len(jobs)} ({jobs[worker.number]!s:.200})\n"
+            "  SIGKILL is what the system does when memory runs out: try fewer --workers."
+        ) from None
+
+
+@dataclass
+class _Words:
+    """Counts what a worker has done and says it a few times a second."""
+
+    pipe: Connection
+    count: int = 0
+    said: float = field(default_factory=time.monotonic)
+
+    def advance(self, count: int) -> None:
+        self.count += count
+        if time.monotonic() - self.said > _SECONDS_BETWEEN_WORDS:
+            self.say()
+
+    def say(self) -> None:
+        if self.count:
+            self.pipe.send((_ADVANCED, self.count))
+        self.count, self.said = 0, time.monotonic()
+
+
+def _serve(task: Callable[[Any, Advance], object], pipe: Connection) -> None:
+    """The life of a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    words = _Words(pipe)
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        try:
+            kind, value = _RETURNED, task(job, words.advance)
+        except (UserError, OSError) as error:
+            kind, value = _REFUSED, error
+        except Exception as error:
+            error.add_note(f"in a worker process:\n{traceback.format_exc()}")
+            kind, value = _BROKEN, error
+        words.say()
+        pipe.send((kind, value))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

@@ -1,0 +1,178 @@
+"""`pretrain shards pack` and `index`: from images to shards, and from anybody's tars to shards we can seek in."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from pretrain.data.manifest import Manifest
+
+_MIB = 2**20
+PATH = click.Path(path_type=Path)
+
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Processes that share the work.  [default: the cores this one may use]",
+)
+max_pixels_option = click.option(
+    "--max-pixels",
+    type=click.IntRange(min=1),
+    default=89_478_485,
+    show_default=True,
+    help="An image whose header says more is bad, and is not decoded.",
+)
+
+
+@click.command()
+@click.argument("source", type=PATH)
+@click.argument("out", type=PATH)
+@click.option(
+    "--val-share",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Share of the images that goes to val, for a source that is not split; by a hash of the key.",
+)
+@click.option("--shards", "count", type=click.IntRange(min=1), help="Number of shards of each split.")
+@click.option(
+    "--shard-size",
+    type=click.FloatRange(0, min_open=True),
+    metavar="MIB",
+    help="Content of a shard in MiB, as SOURCE holds it, in place of --shards.  [default: 256]",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of order and split."
+)
+@click.option("--label-map", type=PATH, help="Index of each class name: JSON object, or CSV of name,index.")
+@click.option("--root", type=PATH, help="Folder that the paths of a table start from, and may not leave.")
+@click.option("--image-column", default="image", show_default=True, help="Of parquet files with images.")
+@click.option("--label-column", default="label", show_default=True, help="Of parquet files with images.")
+@click.option(
+    "--longest-side",
+    type=click.IntRange(min=1),
+    metavar="PIXELS",
+    help="Shrink images that are larger to this.",
+)
+@click.option(
+    "--quality",
+    type=click.IntRange(1, 100),
+    default=90,
+    show_default=True,
+    help="Of JPEG and WebP that are shrunk; other images are stored as they are.",
+)
+@max_pixels_option
+@click.option("--skip-bad", is_flag=True, help="Leave out what is no image, and list it in skipped.jsonl.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@workers_option
+def pack(source: Path, out: Path, workers: int | None, overwrite: bool, seed: int, **options: Any) -> None:
+    """Pack the images of SOURCE into shards below OUT, with index and manifest.
+
+    SOURCE is a folder of images by class (CLASS/*.jpg, png or webp), the same below train/ and val/; MNIST's or
+    Fashion-MNIST's four idx files; a .csv or .parquet table with columns path and label, and if it likes split and
+    key; or parquet files that hold the images, as Hugging Face's do. OUT gets train/ and val/.
+
+    Stopped half-way, the same command goes on where it was.
+    """
+    if options["count"] is not None and options["shard_size"] is not None:
+        raise click.UsageError("give --shards or --shard-size, not both")
+
+    from pretrain.data import pack as packing
+    from pretrain.data.pool import usable_cores
+
+    columns = packing.Columns(options["image_column"], options["label_column"])
+    found = packing.open_source(source, packing.Options(options["root"], options["label_map"], columns))
+    total = sum(map(len, found.splits.values()))
+    with (
+        _bar(total if found.parts else 0, "images", "unpacking") as unpacked,
+        _bar(total, "images", "packing") as bar,
+    ):
+        packed = packing.pack(
+            found,
+            out,
+            val_share=options["val_share"],
+            size=packing.ShardSize(options["count"], round((options["shard_size"] or 256) * _MIB)),
+            seed=seed,
+            encoding=packing.Encoding(
+                options["longest_side"], options["quality"], options["max_pixels"], options["skip_bad"]
+            ),
+            overwrite=overwrite,
+            workers=workers or usable_cores(),
+            on_unpacked=unpacked.update,
+            on_images=bar.update,
+            on_shard=_counter(bar),
+        )
+    kept = sum(split.kept for split in packed.values())
+    if kept:
+        click.echo(
+            f"{kept:,} shards were there from an attempt that had ended early; they were checked and kept."
+        )
+    for split, done in packed.items():
+        _report(out / split, done.manifest)
+        if done.skipped:
+            click.echo(f"{done.skipped:,} bad images were left out: see {out / split / packing.SKIPPED}")
+    click.echo("Next: name these folders in a config:")
+    for split in packed:
+        click.echo(f"  data.{split}.shards: {out / split}")
+
+
+@click.command()
+@click.argument("folder", type=PATH)
+@click.option("--verify", is_flag=True, help="Read every tar again, whatever its index says.")
+@workers_option
+def index(folder: Path, verify: bool, workers: int | None) -> None:
+    """Write the index of every *.tar in FOLDER, and their manifest.
+
+    For WebDataset shards that were made elsewhere, or that were changed on purpose. Class names that FOLDER's
+    manifest already gives are kept. A tar that is older than its index, and of the size it says, is not read again.
+    """
+    from pretrain.data.pool import usable_cores
+    from pretrain.data.scan import index_folder, known_class_names
+
+    with _bar(len(list(folder.glob("*.tar"))), "shards", "indexing") as bar:
+        manifest = index_folder(
+            folder,
+            known_class_names(folder),
+            on_shard=lambda _: bar.update(),
+            workers=workers or usable_cores(),
+            verify=verify,
+        )
+    _report(folder, manifest)
+    click.echo(f"Next: name the folder in a config:\n  data.train.shards: {folder}")
+
+
+@contextlib.contextmanager
+def _bar(total: int, unit: str, what: str) -> Iterator[tqdm[Any]]:
+    """A progress bar on stderr; none where there is nothing to do."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=f" {unit}", desc=what, disable=not total) as bar:
+        yield bar
+
+
+def _counter(bar: tqdm[Any]) -> Callable[[], None]:
+    """Counts shards behind the images of a bar."""
+    count = 0
+
+    def one_more() -> None:
+        nonlocal count
+        count += 1
+        bar.set_postfix_str(f"{count:,} shards")
+
+    return one_more
+
+
+def _report(folder: Path, manifest: Manifest) -> None:
+    click.echo(
+        f"{folder}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, "
+        f"{manifest.bytes / _MIB:,.1f} MiB, labels {manifest.min_label} to {manifest.max_label} "
+        f"({'named' if manifest.class_names else 'without names'}), "
+        f"digest {manifest.digest[:12]}"
+    )
