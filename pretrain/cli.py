@@ -23,7 +23,9 @@ COMMANDS = {
     "plan": Lazy(
         "pretrain.plan:plan", "Show what a config resolves to and what it needs, before it is queued."
     ),
-    "shards": Lazy("pretrain.shards:shards", "Pack images into WebDataset shards, index shards."),
+    "shards": Lazy(
+        "pretrain.shards:shards", "Pack images into WebDataset shards; index, check, describe, mend shards."
+    ),
     "evaluate": Lazy(
         "pretrain.evaluate:evaluate", "Measure a checkpoint of a run on the whole validation set."
     ),

@@ -2,7 +2,9 @@
 
 import click
 
+from pretrain.shards.look import stats, verify
 from pretrain.shards.make import index, pack
+from pretrain.shards.mend import repair
 
 
 @click.group()
@@ -10,5 +12,5 @@ def shards() -> None:
     """Make, index, check, describe and mend WebDataset shards."""
 
 
-for _command in (pack, index):
+for _command in (pack, index, verify, stats, repair):
     shards.add_command(_command)

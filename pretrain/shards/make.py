@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from pretrain.shards import options
+from pretrain.shards.bars import bar, counter
 
+if TYPE_CHECKING:
     from pretrain.data.manifest import Manifest
 
 _MIB = 2**20
-PATH = click.Path(path_type=Path)
-
-workers_option = click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    help="Processes that share the work.  [default: the cores this one may use]",
-)
-max_pixels_option = click.option(
-    "--max-pixels",
-    type=click.IntRange(min=1),
-    default=89_478_485,
-    show_default=True,
-    help="An image whose header says more is bad, and is not decoded.",
-)
 
 
 @click.command()
-@click.argument("source", type=PATH)
-@click.argument("out", type=PATH)
+@click.argument("source", type=options.PATH)
+@click.argument("out", type=options.PATH)
 @click.option(
     "--val-share",
     type=click.FloatRange(0, 1, max_open=True),
@@ -51,8 +36,12 @@ max_pixels_option = click.option(
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of order and split."
 )
-@click.option("--label-map", type=PATH, help="Index of each class name: JSON object, or CSV of name,index.")
-@click.option("--root", type=PATH, help="Folder that the paths of a table start from, and may not leave.")
+@click.option(
+    "--label-map", type=options.PATH, help="Index of each class name: JSON object, or CSV of name,index."
+)
+@click.option(
+    "--root", type=options.PATH, help="Folder that the paths of a table start from, and may not leave."
+)
 @click.option("--image-column", default="image", show_default=True, help="Of parquet files with images.")
 @click.option("--label-column", default="label", show_default=True, help="Of parquet files with images.")
 @click.option(
@@ -68,11 +57,11 @@ max_pixels_option = click.option(
     show_default=True,
     help="Of JPEG and WebP that are shrunk; other images are stored as they are.",
 )
-@max_pixels_option
+@options.max_pixels
 @click.option("--skip-bad", is_flag=True, help="Leave out what is no image, and list it in skipped.jsonl.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
-@workers_option
-def pack(source: Path, out: Path, workers: int | None, overwrite: bool, seed: int, **options: Any) -> None:
+@options.workers
+def pack(source: Path, out: Path, workers: int | None, overwrite: bool, seed: int, **given: Any) -> None:
     """Pack the images of SOURCE into shards below OUT, with index and manifest.
 
     SOURCE is a folder of images by class (CLASS/*.jpg, png or webp), the same below train/ and val/; MNIST's or
@@ -81,33 +70,33 @@ def pack(source: Path, out: Path, workers: int | None, overwrite: bool, seed: in
 
     Stopped half-way, the same command goes on where it was.
     """
-    if options["count"] is not None and options["shard_size"] is not None:
+    if given["count"] is not None and given["shard_size"] is not None:
         raise click.UsageError("give --shards or --shard-size, not both")
 
     from pretrain.data import pack as packing
     from pretrain.data.pool import usable_cores
 
-    columns = packing.Columns(options["image_column"], options["label_column"])
-    found = packing.open_source(source, packing.Options(options["root"], options["label_map"], columns))
+    columns = packing.Columns(given["image_column"], given["label_column"])
+    found = packing.open_source(source, packing.Options(given["root"], given["label_map"], columns))
     total = sum(map(len, found.splits.values()))
     with (
-        _bar(total if found.parts else 0, "images", "unpacking") as unpacked,
-        _bar(total, "images", "packing") as bar,
+        bar(total if found.parts else 0, "images", "unpacking") as unpacked,
+        bar(total, "images", "packing") as shown,
     ):
         packed = packing.pack(
             found,
             out,
-            val_share=options["val_share"],
-            size=packing.ShardSize(options["count"], round((options["shard_size"] or 256) * _MIB)),
+            val_share=given["val_share"],
+            size=packing.ShardSize(given["count"], round((given["shard_size"] or 256) * _MIB)),
             seed=seed,
             encoding=packing.Encoding(
-                options["longest_side"], options["quality"], options["max_pixels"], options["skip_bad"]
+                given["longest_side"], given["quality"], given["max_pixels"], given["skip_bad"]
             ),
             overwrite=overwrite,
             workers=workers or usable_cores(),
             on_unpacked=unpacked.update,
-            on_images=bar.update,
-            on_shard=_counter(bar),
+            on_images=shown.update,
+            on_shard=counter(shown),
         )
     kept = sum(split.kept for split in packed.values())
     if kept:
@@ -124,9 +113,9 @@ def pack(source: Path, out: Path, workers: int | None, overwrite: bool, seed: in
 
 
 @click.command()
-@click.argument("folder", type=PATH)
+@click.argument("folder", type=options.PATH)
 @click.option("--verify", is_flag=True, help="Read every tar again, whatever its index says.")
-@workers_option
+@options.workers
 def index(folder: Path, verify: bool, workers: int | None) -> None:
     """Write the index of every *.tar in FOLDER, and their manifest.
 
@@ -136,37 +125,16 @@ def index(folder: Path, verify: bool, workers: int | None) -> None:
     from pretrain.data.pool import usable_cores
     from pretrain.data.scan import index_folder, known_class_names
 
-    with _bar(len(list(folder.glob("*.tar"))), "shards", "indexing") as bar:
+    with bar(len(list(folder.glob("*.tar"))), "shards", "indexing") as shown:
         manifest = index_folder(
             folder,
             known_class_names(folder),
-            on_shard=lambda _: bar.update(),
+            on_shard=lambda _: shown.update(),
             workers=workers or usable_cores(),
             verify=verify,
         )
     _report(folder, manifest)
     click.echo(f"Next: name the folder in a config:\n  data.train.shards: {folder}")
-
-
-@contextlib.contextmanager
-def _bar(total: int, unit: str, what: str) -> Iterator[tqdm[Any]]:
-    """A progress bar on stderr; none where there is nothing to do."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit=f" {unit}", desc=what, disable=not total) as bar:
-        yield bar
-
-
-def _counter(bar: tqdm[Any]) -> Callable[[], None]:
-    """Counts shards behind the images of a bar."""
-    count = 0
-
-    def one_more() -> None:
-        nonlocal count
-        count += 1
-        bar.set_postfix_str(f"{count:,} shards")
-
-    return one_more
 
 
 def _report(folder: Path, manifest: Manifest) -> None:

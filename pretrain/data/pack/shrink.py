@@ -1,38 +1,14 @@
-"""What an image file says it is, and a smaller copy of one that is larger than needed."""
+"""A smaller copy of an image that is larger than needed."""
 
 import io
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from pretrain.data.decode import FORMATS, BadSampleError, decode
+from pretrain.data.decode import decode
+from pretrain.data.header import Header
 
-SUFFIX_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _ONE_CHANNEL = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L"})
-
-
-class Header(NamedTuple):
-    """format, mode: Pillow's words; width, height: as stored, before any EXIF turn."""
-
-    format: str
-    mode: str
-    width: int
-    height: int
-
-
-def read_header(data: bytes | memoryview, max_pixels: int) -> Header:
-    """No pixel is decoded. Raises `BadSampleError` for what is no JPEG, PNG or WebP, or has too many pixels."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            header = Header(image.format or "", image.mode, *image.size)
-    except Exception as error:  # Pillow raises a dozen kinds on damaged bytes
-        raise BadSampleError(
-            f"not an image of {', '.join(FORMATS)} ({type(error).__name__}, {len(data):,} bytes)"
-        ) from None
-    if header.width * header.height > max_pixels:
-        raise BadSampleError(f"{header.width} x {header.height} pixels; at most {max_pixels:,} are allowed")
-    return header
 
 
 def shrink(data: bytes, header: Header, longest_side: int, quality: int, max_pixels: int) -> bytes:

@@ -13,9 +13,10 @@ from typing import Any
 import PIL
 
 from pretrain.data.decode import BadSampleError
+from pretrain.data.header import SUFFIX_OF, read_header
 from pretrain.data.index import index_path
 from pretrain.data.manifest import Shard
-from pretrain.data.pack.shrink import SUFFIX_OF, read_header, shrink
+from pretrain.data.pack.shrink import shrink
 from pretrain.data.pack.source import Item, Part, digest
 from pretrain.data.pool import Advance
 from pretrain.data.scan import Indexed, index_tar, write_aside
