@@ -8,11 +8,14 @@ import io
 import struct
 
 import numpy as np
+import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
-from pretrain.data.resize import Pixels
 from pretrain.errors import DataError
+
+Pixels = npt.NDArray[np.uint8]
+"""uint8 [height, width, channels], rows of one memory block; 3 channels are RGB, 1 is greyscale."""
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 _ORIENTATION = 0x0112

@@ -47,11 +47,6 @@ class Outcome(Generic[Value]):
         return self.value  # type: ignore[return-value]  # a task that returns None has Value None
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on; fewer than the machine has under Slurm or taskset."""
-    return len(os.sched_getaffinity(0))
-
-
 def run(
     task: Callable[[Job, Advance], Value],
     jobs: Sequence[Job],

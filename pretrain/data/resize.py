@@ -4,12 +4,11 @@ torch's own kernels of `interpolate(antialias=True)` do it: their filters widen 
 release the GIL. `benchmarks/README.md` says what they were measured against.
 """
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-Pixels = npt.NDArray[np.uint8]
-"""uint8 [height, width, channels], rows of one memory block; 3 channels are RGB, 1 is greyscale."""
+from pretrain.data.decode import Pixels
+
+__all__ = ["Pixels", "mirror", "resize"]
 
 _KERNELS = {
     "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,

@@ -13,6 +13,7 @@ from pretrain.data.manifest import read_manifest
 from pretrain.data.pool import Advance, run
 from pretrain.data.raw import opened
 from pretrain.data.tar import parse_sample
+from pretrain.errors import DataError
 
 _FIELDS = np.dtype([("label", "<i8"), ("width", "<i8"), ("height", "<i8"), ("bytes", "<i8")])
 
@@ -85,6 +86,10 @@ def describe_folder(
         sum((part.kinds for part in parts), Counter[tuple[str, str]]()),
         sum(part.bad for part in parts),
     )
+    if not len(seen.table):
+        raise DataError(
+            f"{folder}: none of {count:,} samples has an image; `pretrain shards verify` says why"
+        )
     num_classes = max(manifest.max_label + 1, len(manifest.class_names or ()))
     return Stats(
         manifest.samples, len(manifest.shards), manifest.bytes, count, manifest.class_names, num_classes, seen

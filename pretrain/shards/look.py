@@ -46,8 +46,8 @@ def verify(
     cannot be decoded. Exits with 1 if there is anything.
     """
     from pretrain.data.manifest import read_manifest
-    from pretrain.data.pool import usable_cores
     from pretrain.data.verify import verify_folder
+    from pretrain.hardware import cores_given
 
     manifest = read_manifest(folder)
     with bar(manifest.samples, "images", "verifying") as shown:
@@ -56,7 +56,7 @@ def verify(
             max_pixels=max_pixels,
             num_classes=num_classes,
             fast=fast,
-            workers=workers or usable_cores(),
+            workers=workers or cores_given(),
             on_samples=shown.update,
             on_shard=counter(shown, len(manifest.shards)),
         )
@@ -89,16 +89,16 @@ def stats(folder: Path, sample: int, figure: Path | None, max_pixels: int, worke
 
     from pretrain.data.figure import draw
     from pretrain.data.manifest import read_manifest
-    from pretrain.data.pool import usable_cores
     from pretrain.data.stats import describe_folder
     from pretrain.errors import DataError
+    from pretrain.hardware import cores_given
 
     with bar(min(sample, read_manifest(folder).samples), "images", "looking") as shown:
         found = describe_folder(
             folder,
             sample=sample,
             max_pixels=max_pixels,
-            workers=workers or usable_cores(),
+            workers=workers or cores_given(),
             on_samples=shown.update,
         )
     console = Console()

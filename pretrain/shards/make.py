@@ -74,7 +74,7 @@ def pack(source: Path, out: Path, workers: int | None, overwrite: bool, seed: in
         raise click.UsageError("give --shards or --shard-size, not both")
 
     from pretrain.data import pack as packing
-    from pretrain.data.pool import usable_cores
+    from pretrain.hardware import cores_given
 
     columns = packing.Columns(given["image_column"], given["label_column"])
     found = packing.open_source(source, packing.Options(given["root"], given["label_map"], columns))
@@ -93,7 +93,7 @@ def pack(source: Path, out: Path, workers: int | None, overwrite: bool, seed: in
                 given["longest_side"], given["quality"], given["max_pixels"], given["skip_bad"]
             ),
             overwrite=overwrite,
-            workers=workers or usable_cores(),
+            workers=workers or cores_given(),
             on_unpacked=unpacked.update,
             on_images=shown.update,
             on_shard=counter(shown),
@@ -122,15 +122,15 @@ def index(folder: Path, verify: bool, workers: int | None) -> None:
     For WebDataset shards that were made elsewhere, or that were changed on purpose. Class names that FOLDER's
     manifest already gives are kept. A tar that is older than its index, and of the size it says, is not read again.
     """
-    from pretrain.data.pool import usable_cores
     from pretrain.data.scan import index_folder, known_class_names
+    from pretrain.hardware import cores_given
 
     with bar(len(list(folder.glob("*.tar"))), "shards", "indexing") as shown:
         manifest = index_folder(
             folder,
             known_class_names(folder),
             on_shard=lambda _: shown.update(),
-            workers=workers or usable_cores(),
+            workers=workers or cores_given(),
             verify=verify,
         )
     _report(folder, manifest)

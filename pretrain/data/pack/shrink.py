@@ -2,7 +2,6 @@
 
 import io
 
-import numpy as np
 from PIL import Image
 
 from pretrain.data.decode import decode
@@ -20,8 +19,8 @@ def shrink(data: bytes, header: Header, longest_side: int, quality: int, max_pix
     """
     if max(header.width, header.height) <= longest_side:
         return data
-    pixels = np.asarray(decode(data, 1 if header.mode in _ONE_CHANNEL else 3, max_pixels))
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
+    pixels = decode(data, 1 if header.mode in _ONE_CHANNEL else 3, max_pixels)
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     share = longest_side / max(image.size)
     size = max(1, round(image.width * share)), max(1, round(image.height * share))
     with io.BytesIO() as file:
