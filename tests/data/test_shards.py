@@ -1,11 +1,8 @@
 """`pretrain shards pack` and `index`, as they are typed."""
 
 import gzip
-import hashlib
 import io
 import json
-import os
-import signal
 import struct
 import subprocess
 import sys
@@ -15,57 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from made import Member, picture, sample_members, write_tar
 from PIL import Image
+from typed import contents, done, image_folder, refused, samples
 
 from pretrain.data import open_dataset
 from pretrain.data.pack import ShardSize, open_source, pack
-from pretrain.data.read import LocalReader
 from pretrain.data.scan import index_folder
 from pretrain.data.walk import MAX_HEADER_BYTES
 from pretrain.errors import DataError
-from pretrain.shards import shards
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(shards, [str(a) for a in arguments])
-
-
-def done(*arguments: object) -> Result:
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def refused(match: str, *arguments: object) -> None:
-    result = run(*arguments)
-    assert isinstance(result.exception, DataError)
-    with pytest.raises(DataError, match=match):
-        raise result.exception
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
-def samples(folder: Path) -> list[tuple[str, bytes, int]]:
-    dataset = open_dataset(str(folder))
-    reader = LocalReader(dataset, 100)
-    return [(s.key, bytes(s.image), s.label) for s in reader.read(*dataset.locate(np.arange(len(dataset))))]
-
-
-def image_folder(root: Path, per_class: int = 6, names: tuple[str, ...] = ("ant", "bee", "cat")) -> Path:
-    for label, name in enumerate(names):
-        for i in range(per_class):
-            path = root / name / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(picture(100 * label + i, 6, 6))
-    return root
 
 
 def idx_files(folder: Path, train: int = 10, val: int = 4, packed: bool = True) -> dict[str, np.ndarray]:
@@ -203,22 +158,6 @@ def test_overwrite_never_deletes_what_is_not_packed_shards(tmp_path):
     refused("holds more than packed shards", "pack", source, out, "--overwrite")
     refused("holds more than packed shards", "pack", source, source, "--overwrite")
     assert (out / "thesis.txt").exists()
-
-
-def test_an_interrupted_pack_leaves_nothing_half_done(tmp_path):
-    """SIGKILL in the middle: no output folder; and the next try is not disturbed by what lies about."""
-    source, out = image_folder(tmp_path / "images", per_class=400), tmp_path / "out"
-    command = [sys.executable, "-m", "pretrain", "shards", "pack", str(source), str(out), "--shards", "4"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    aside = tmp_path / ".out.partial"
-    while not any(aside.rglob("*.tar")) and process.poll() is None:
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not out.exists()
-    done("pack", source, out)
-    assert len(samples(out / "train")) == 1200
-    assert not aside.exists()
 
 
 def test_a_failing_pack_leaves_what_was_there(tmp_path):

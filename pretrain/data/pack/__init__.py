@@ -25,7 +25,7 @@ from pretrain.data.pack.layout import ShardSize, assign, cut
 from pretrain.data.pack.open import Options, open_source
 from pretrain.data.pack.parquet_images import Columns
 from pretrain.data.pack.source import SPLITS, Source
-from pretrain.data.pack.write import Encoding, Made, ShardJob, UnpackJob, make_shard, unpack
+from pretrain.data.pack.write import Encoding, Made, ShardJob, UnpackJob, make_shard, unpack_part
 from pretrain.data.pool import Advance, run
 from pretrain.data.scan import write_aside, write_manifest
 from pretrain.errors import DataError
@@ -97,7 +97,7 @@ def pack(
         with _only_one(work):
             _make_folders(work, jobs, [part.name for part in source.parts])
             unpacking = [UnpackJob(part, unpacked) for part in source.parts]
-            for outcome in run(unpack, unpacking, workers, on_unpacked):
+            for outcome in run(unpack_part, unpacking, workers, on_unpacked):
                 outcome.result()
             made = _make(jobs, workers, on_images, on_shard)
             packed = {split: _finish(shards / split, split, made, source.class_names) for split in splits}

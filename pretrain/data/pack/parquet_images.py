@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pretrain.data.pack.labels import indexed
 from pretrain.data.pack.source import Item, Keys, Source, digest, key_of, split_names
-from pretrain.data.pack.unpack import Cell, RowGroups
+from pretrain.data.pack.unpack import Cell, RowGroups, parquet_file
 from pretrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class _Row(NamedTuple):
 
 def holds_images(path: Path, columns: Columns) -> bool:
     """Whether a parquet file has the column of images."""
-    with _opened(path) as file:
+    with parquet_file(path) as file:
         return columns.image in file.schema_arrow.names
 
 
@@ -54,7 +54,7 @@ def open_parquet_images(files: list[Path], columns: Columns, label_map: dict[str
     by_file = _splits_by_file(files)
     all_names = []
     for path in files:
-        with _opened(path) as file:
+        with parquet_file(path) as file:
             names = _class_names(file, columns)
             all_names.append(names)
             for part, size in _parts(file, path, columns):
@@ -75,16 +75,6 @@ def open_parquet_images(files: list[Path], columns: Columns, label_map: dict[str
         keys.setdefault(split, Keys()).add(row.key, row.where)
         splits.setdefault(split, []).append(Item(row.key, label, "", row.content))
     return Source(splits, class_names, parts)
-
-
-def _opened(path: Path) -> "pq.ParquetFile":
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read as parquet: {error}") from None
 
 
 def _splits_by_file(files: list[Path]) -> dict[Path, str | None]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from pretrain.data.pack.labels import indexed
 from pretrain.data.pack.source import ImageFile, Item, Keys, Source, key_of, split_names, suffix_of
+from pretrain.data.pack.unpack import parquet_file
 from pretrain.data.tar import IMAGE_SUFFIXES
 from pretrain.errors import DataError
 
@@ -113,19 +114,13 @@ def _csv_rows(path: Path) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            columns = list(_columns(file.schema_arrow.names, path))
-            number = 0
-            for batch in file.iter_batches(columns=columns):
-                for cells in batch.to_pylist():
-                    yield _row(f"{path}, row {number}", cells)
-                    number += 1
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read as parquet: {error}") from None
+    number = 0
+    with parquet_file(path) as file:
+        columns = list(_columns(file.schema_arrow.names, path))
+        for batch in file.iter_batches(columns=columns):
+            for cells in batch.to_pylist():
+                yield _row(f"{path}, row {number}", cells)
+                number += 1
 
 
 def _columns(names: Sequence[str], path: Path) -> dict[str, int]:

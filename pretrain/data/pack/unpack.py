@@ -40,40 +40,35 @@ class RowGroups:
         return f"{self.path}, row groups {self.first} to {self.stop - 1}"
 
     def unpack(self, folder: Path) -> int:
-        """See `Part`. Raises `DataError` for a row without bytes, or a file that cannot be read."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
+        """See `Part`. Raises `DataError` for a row without bytes and for a file that cannot be read."""
         content, table = folder / f"{self.name}.bin", folder / f"{self.name}.npy"
         if table.exists():  # it comes last
             return len(_starts(table)) - 1
         starts = [0]
-        try:
-            with pq.ParquetFile(self.path, buffer_size=_BUFFER) as file, _written(content) as out:
-                for data in self._images(file):
-                    out.write(data)
-                    starts.append(starts[-1] + len(data))
-        except pa.ArrowException as error:
-            raise DataError(f"{self}: cannot be read as parquet: {error}") from None
+        with _written(content) as out:
+            for data in self._images():
+                out.write(data)
+                starts.append(starts[-1] + len(data))
         with _written(table) as out:
             np.save(out, np.array(starts, np.int64))
         return len(starts) - 1
 
-    def _images(self, file: "pq.ParquetFile") -> Iterator[memoryview]:
-        is_struct = self.column not in file.schema.names  # a struct has its fields there
-        wanted = [f"{self.column}.{_BYTES}" if is_struct else self.column]
+    def _images(self) -> Iterator[memoryview]:
         number = 0
-        for group in range(self.first, self.stop):
-            for batch in file.iter_batches(_BATCH, row_groups=[group], columns=wanted, use_threads=False):
-                column = batch.column(0)
-                for cell in column.flatten()[0] if is_struct else column:
-                    if not cell.is_valid:
-                        raise DataError(
-                            f"{self}: the image of row {number} of these is empty: it is not in the file\n"
-                            "  Write the data set again with the images embedded, or pack the image files."
-                        )
-                    yield memoryview(cell.as_buffer())
-                    number += 1
+        with parquet_file(Path(self.path), buffer_size=_BUFFER) as file:
+            is_struct = self.column not in file.schema.names  # a struct has its fields there
+            wanted = [f"{self.column}.{_BYTES}" if is_struct else self.column]
+            for group in range(self.first, self.stop):
+                for batch in file.iter_batches(_BATCH, row_groups=[group], columns=wanted, use_threads=False):
+                    column = batch.column(0)
+                    for cell in column.flatten()[0] if is_struct else column:
+                        if not cell.is_valid:
+                            raise DataError(
+                                f"{self}: the image of row {number} of these is empty: it is not in the file\n"
+                                "  Write the data set again with the images embedded, or pack the image files."
+                            )
+                        yield memoryview(cell.as_buffer())
+                        number += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +95,20 @@ class Cell:
 
     def identity(self) -> str:
         return f"{self.part.name} {self.row}"
+
+
+@contextlib.contextmanager
+def parquet_file(path: Path, **options: int) -> Iterator["pq.ParquetFile"]:
+    """An open file; what goes wrong inside the block is taken for its fault and raised as `DataError`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path, **options) as file:
+            yield file
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path}: cannot be read as parquet: {reason}") from None
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ class UnpackJob:
         return str(self.part)
 
 
-def unpack(job: UnpackJob, advance: Advance) -> None:
+def unpack_part(job: UnpackJob, advance: Advance) -> None:
     advance(job.part.unpack(job.folder))
 
 
