@@ -31,6 +31,8 @@ Value = TypeVar("Value")
 
 _ADVANCED, _RETURNED, _REFUSED, _BROKEN = range(4)
 _SECONDS_BETWEEN_WORDS = 0.2
+_IMAGES_OF_A_WORKER = 500
+_BYTES_OF_A_WORKER = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Outcome(Generic[Value]):
         if self.error is not None:
             raise self.error
         return self.value  # type: ignore[return-value]  # a task that returns None has Value None
+
+
+def worth_starting(cores: int, images: int, num_bytes: int) -> int:
+    """Workers for that much work: each takes a fifth of a second to start, so a small set is done here."""
+    return min(cores, max(1, images // _IMAGES_OF_A_WORKER, num_bytes // _BYTES_OF_A_WORKER))
 
 
 def run(

@@ -47,7 +47,6 @@ def verify(
     """
     from pretrain.data.manifest import read_manifest
     from pretrain.data.verify import verify_folder
-    from pretrain.hardware import cores_given
 
     manifest = read_manifest(folder)
     with bar(manifest.samples, "images", "verifying") as shown:
@@ -56,7 +55,7 @@ def verify(
             max_pixels=max_pixels,
             num_classes=num_classes,
             fast=fast,
-            workers=workers or cores_given(),
+            workers=options.chosen(workers, 0 if fast else manifest.samples, manifest.bytes),
             on_samples=shown.update,
             on_shard=counter(shown, len(manifest.shards)),
         )
@@ -91,14 +90,15 @@ def stats(folder: Path, sample: int, figure: Path | None, max_pixels: int, worke
     from pretrain.data.manifest import read_manifest
     from pretrain.data.stats import describe_folder
     from pretrain.errors import DataError
-    from pretrain.hardware import cores_given
 
-    with bar(min(sample, read_manifest(folder).samples), "images", "looking") as shown:
+    manifest = read_manifest(folder)
+    count = min(sample, manifest.samples)
+    with bar(count, "images", "looking") as shown:
         found = describe_folder(
             folder,
             sample=sample,
             max_pixels=max_pixels,
-            workers=workers or cores_given(),
+            workers=options.chosen(workers, count, manifest.bytes * count // manifest.samples),
             on_samples=shown.update,
         )
     console = Console()

@@ -74,11 +74,11 @@ def pack(source: Path, out: Path, workers: int | None, overwrite: bool, seed: in
         raise click.UsageError("give --shards or --shard-size, not both")
 
     from pretrain.data import pack as packing
-    from pretrain.hardware import cores_given
 
     columns = packing.Columns(given["image_column"], given["label_column"])
     found = packing.open_source(source, packing.Options(given["root"], given["label_map"], columns))
     total = sum(map(len, found.splits.values()))
+    size = sum(item.content.size for items in found.splits.values() for item in items)
     with (
         bar(total if found.parts else 0, "images", "unpacking") as unpacked,
         bar(total, "images", "packing") as shown,
@@ -93,7 +93,7 @@ def pack(source: Path, out: Path, workers: int | None, overwrite: bool, seed: in
                 given["longest_side"], given["quality"], given["max_pixels"], given["skip_bad"]
             ),
             overwrite=overwrite,
-            workers=workers or cores_given(),
+            workers=options.chosen(workers, total, size),
             on_unpacked=unpacked.update,
             on_images=shown.update,
             on_shard=counter(shown),
@@ -123,14 +123,14 @@ def index(folder: Path, verify: bool, workers: int | None) -> None:
     manifest already gives are kept. A tar that is older than its index, and of the size it says, is not read again.
     """
     from pretrain.data.scan import index_folder, known_class_names
-    from pretrain.hardware import cores_given
 
-    with bar(len(list(folder.glob("*.tar"))), "shards", "indexing") as shown:
+    tars = list(folder.glob("*.tar"))
+    with bar(len(tars), "shards", "indexing") as shown:
         manifest = index_folder(
             folder,
             known_class_names(folder),
             on_shard=lambda _: shown.update(),
-            workers=workers or cores_given(),
+            workers=options.chosen(workers, 0, sum(tar.stat().st_size for tar in tars if tar.is_file())),
             verify=verify,
         )
     _report(folder, manifest)

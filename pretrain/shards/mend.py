@@ -29,11 +29,12 @@ def repair(folder: Path, out: Path, reports: tuple[Path, ...], workers: int | No
     """
     from pretrain.data.manifest import read_manifest
     from pretrain.data.repair import repair_folder
-    from pretrain.hardware import cores_given
 
     before = read_manifest(folder)
     with bar(len(before.shards), "shards", "copying") as shown:
-        done = repair_folder(folder, out, reports, workers=workers or cores_given(), on_shard=shown.update)
+        done = repair_folder(
+            folder, out, reports, workers=options.chosen(workers, 0, before.bytes), on_shard=shown.update
+        )
     for note in done.notes:
         click.echo(f"about a shard as a whole, so nothing was left out for it: {note}")
     for dropped in done.dropped[:_SHOWN]:

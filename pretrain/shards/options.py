@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options that several commands have, and what one of them means."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ PATH = click.Path(path_type=Path)
 workers = click.option(
     "--workers",
     type=click.IntRange(min=1),
-    help="Processes that share the work.  [default: the cores this one may use]",
+    help="Processes that share the work.  [default: the cores that this job was given; fewer for little work]",
 )
 max_pixels = click.option(
     "--max-pixels",
@@ -18,3 +18,11 @@ max_pixels = click.option(
     show_default=True,
     help="An image whose header says more is bad, and is not decoded.",
 )
+
+
+def chosen(workers: int | None, images: int, num_bytes: int) -> int:
+    """Workers as they were asked for, or as many as there are cores for, if there is work for them."""
+    from pretrain.data.pool import worth_starting
+    from pretrain.hardware import cores_given
+
+    return workers or worth_starting(cores_given(), images, num_bytes)

@@ -30,9 +30,11 @@ def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
     )
 
 
-def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
-    """SIGKILL in the middle, and nobody of its workers outlives it."""
-    while not ready():
+def start_and_kill(folder: Path, pattern: str, more: int, *arguments: object) -> None:
+    """Start two workers, SIGKILL the command once `folder` has some more files; none of its workers outlives it."""
+    before = count(folder, pattern)
+    process = start(*arguments, "--workers", 2)
+    while count(folder, pattern) < before + more:
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
     workers = psutil.Process(process.pid).children(recursive=True)
@@ -51,7 +53,7 @@ def test_a_killed_pack_goes_on_where_it_was_and_gives_the_same_bytes(tmp_path):
     source, out = image_folder(tmp_path / "images", per_class=200), tmp_path / "out"
     command = ("pack", source, out, "--shards", 12, "--val-share", 0.2, "--longest-side", 5)
     work = tmp_path / ".out.partial"
-    kill_when(start(*command, "--workers", 2), lambda: count(work / "notes", "*.json") > 5)
+    start_and_kill(work / "notes", "*.json", 6, *command)
     assert not out.exists()
     finished = sorted((work / "shards").glob("*/*.tar"))
     assert 5 < len(finished) < 24
@@ -60,7 +62,7 @@ def test_a_killed_pack_goes_on_where_it_was_and_gives_the_same_bytes(tmp_path):
     finished[1].write_bytes(damaged[:600] + b"?" + damaged[601:])
     (work / "shards" / "train" / "train-999999.tar").write_bytes(b"of another attempt")
 
-    kill_when(start(*command, "--workers", 2), lambda: count(work / "notes", "*.json") >= 15)
+    start_and_kill(work / "notes", "*.json", 3, *command)
     assert finished[0].stat().st_mtime_ns == untouched
     result = done(*command, "--workers", 2)
     assert (
@@ -73,10 +75,7 @@ def test_a_killed_pack_goes_on_where_it_was_and_gives_the_same_bytes(tmp_path):
 
 def test_an_attempt_with_other_options_keeps_nothing(tmp_path):
     source, out = image_folder(tmp_path / "images", per_class=100), tmp_path / "out"
-    kill_when(
-        start("pack", source, out, "--shards", 16, "--workers", 2),
-        lambda: count(tmp_path / ".out.partial" / "notes", "*.json") >= 4,
-    )
+    start_and_kill(tmp_path / ".out.partial" / "notes", "*.json", 4, "pack", source, out, "--shards", 16)
     (source / "ant" / "0.png").write_bytes(picture(77, 6, 6))
     result = done("pack", source, out, "--shards", 16, "--seed", 1)
     assert "checked and kept" not in result.output
@@ -89,12 +88,12 @@ def test_a_killed_pack_of_parquet_goes_on(tmp_path):
     for i in range(8):
         hugging_face(folder / f"part-{i}.parquet", [j % 3 for j in range(50)], first=50 * i)
     unpacked = tmp_path / ".out.partial" / "unpacked"
-    kill_when(start("pack", folder, out, "--workers", 2), lambda: count(unpacked, "*.npy") >= 2)
+    start_and_kill(unpacked, "*.npy", 2, "pack", folder, out)
     kept = {path.name: path.stat().st_mtime_ns for path in unpacked.glob("*.npy")}
-    kill_when(start("pack", folder, out, "--workers", 2), lambda: count(unpacked, "*.npy") >= 5)
+    start_and_kill(unpacked, "*.npy", 2, "pack", folder, out)
     assert {name: (unpacked / name).stat().st_mtime_ns for name in kept} == kept
     done("pack", folder, out, "--workers", 2)
-    done("pack", folder, tmp_path / "at_once")
+    done("pack", folder, tmp_path / "at_once", "--workers", 1)
     assert contents(out) == contents(tmp_path / "at_once")
     assert len(samples(out / "train")) == 400
 
@@ -106,7 +105,7 @@ def test_a_killed_index_goes_on_and_reads_finished_tars_no_more(tmp_path):
     for i in range(1, 30):
         shutil.copy(folder / "000.tar", folder / f"{i:03d}.tar")
     time.sleep(0.02)  # an index of the same tick of the clock is not trusted
-    kill_when(start("index", folder, "--workers", 2), lambda: count(folder, "*.idx") >= 6)
+    start_and_kill(folder, "*.idx", 6, "index", folder)
     assert not (folder / "manifest.json").exists()
     written = {path: path.stat().st_mtime_ns for path in folder.glob("*.idx")}
     assert 6 <= len(written) < 30
@@ -232,6 +231,11 @@ def test_a_read_only_folder_is_named(tmp_path):
 
 
 # --- the pool
+
+
+def test_workers_are_started_where_there_is_work_for_them():
+    assert [pool.worth_starting(8, images, 0) for images in (0, 900, 1500, 10**6)] == [1, 1, 3, 8]
+    assert [pool.worth_starting(8, 10, mib * 2**20) for mib in (10, 70, 10**4)] == [1, 2, 8]
 
 
 @pytest.mark.parametrize("workers", [1, 3])

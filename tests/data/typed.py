@@ -15,9 +15,7 @@ from pretrain.shards import shards
 
 
 def run(*arguments: object) -> Result:
-    """In this process, unless workers are asked for: to start one takes longer than most of these jobs."""
-    workers = () if "--workers" in arguments else ("--workers", 1)
-    return CliRunner().invoke(shards, [str(a) for a in (*arguments, *workers)])
+    return CliRunner().invoke(shards, [str(a) for a in arguments])
 
 
 def done(*arguments: object) -> Result:
