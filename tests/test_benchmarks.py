@@ -28,3 +28,13 @@ def test_the_augmentation_benchmark_runs_every_policy() -> None:
     assert done.returncode == 0, done.stderr
     for policy in ("randaugment_timm", "randaugment_bv", "three_augment", "color_jitter", "random_erasing"):
         assert policy in done.stdout
+
+
+def test_the_benchmark_of_the_shard_tools_prints_all_of_them() -> None:
+    arguments = ("--images", "16", "--rounds", "1", "--workers", "1")
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "shards.py"), *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for command in ("pack", "pack --longest-side 256", "index --verify", "verify", "verify --fast"):
+        assert f"│ {command} " in done.stdout

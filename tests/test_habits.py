@@ -21,14 +21,15 @@ from pretrain.train import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
 MAKEFILE = (ROOT / "Makefile").read_text()
 ROOMS = ("configs/", "launch/", "pretrain/", "tests/", "benchmarks/", "docs/", "slurm/")
 MODULES = {"pretrain": pretrain, "pretrain.train": train, "pretrain.docs": docs, "pretrain.demo": demo}
 
 
-def blocks(language: str) -> list[str]:
-    """The fenced blocks of the README in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    """The fenced blocks of a page in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def section(title: str) -> str:
@@ -46,7 +47,7 @@ def headers(folder: str) -> Iterable[str]:
 
 INLINE = re.findall(r"`((?:make|pretrain|python -m) [^`\n]+)`", README)
 COMMANDS = sorted(
-    {line for block in blocks("sh") for line in block.splitlines() if line}
+    {line for page in PAGES for block in blocks("sh", page) for line in block.splitlines() if line}
     | set(INLINE)
     | set(headers("configs"))
     | set(headers("launch"))
