@@ -2,7 +2,7 @@
 
 A cell of a parquet file cannot be read without its row group, and shards are in the order of a hash. So row groups are
 unpacked first: their images one after the other in `NAME.bin`, and where each begins in `NAME.npy`, int64 [images + 1].
-In memory is a page of the file at a time.
+In memory is less than a row group at a time.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from pretrain.errors import DataError
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
-_BATCH = 16
+_BATCH = 64
 _BUFFER = 2**20
 _BYTES = "bytes"
 
@@ -55,7 +55,7 @@ class RowGroups:
 
     def _images(self) -> Iterator[memoryview]:
         number = 0
-        with parquet_file(Path(self.path), buffer_size=_BUFFER) as file:
+        with parquet_file(Path(self.path), pre_buffer=False, buffer_size=_BUFFER) as file:
             is_struct = self.column not in file.schema.names  # a struct has its fields there
             wanted = [f"{self.column}.{_BYTES}" if is_struct else self.column]
             for group in range(self.first, self.stop):
