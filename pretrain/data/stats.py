@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.decode import BadSampleError
 from pretrain.data.header import read_header
 from pretrain.data.manifest import read_manifest
 from pretrain.data.pool import Advance, run
@@ -103,11 +102,11 @@ def look_at(job: Job, advance: Advance) -> Seen:
     bad = 0
     with opened(job.path) as shard:
         for number in job.numbers.tolist():
-            sample = parse_sample(shard.read(number), f"{job.path}, sample {number}")
             advance(1)
             try:
+                sample = parse_sample(shard.read(number), f"{job.path}, sample {number}")
                 header = read_header(sample.image, job.max_pixels)
-            except BadSampleError:
+            except DataError:  # `verify` says what is wrong with it
                 bad += 1
                 continue
             rows.append((sample.label, header.width, header.height, len(sample.image)))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.decode import BadSampleError, decode
+from pretrain.data.decode import decode
 from pretrain.data.index import index_path, parse_index
 from pretrain.data.manifest import Manifest, Shard, read_manifest
 from pretrain.data.pool import Advance, run
@@ -174,8 +174,6 @@ def _check_sample(shard: RawShard, number: int, checks: Checks, ignored: Counter
     try:
         sample = parse_sample(data, "sample")
         decode(sample.image, 3, checks.max_pixels)
-    except BadSampleError as error:
-        return key, _first_line(error)
     except DataError as error:
         return key, _WHERE.sub("", _first_line(error))
     lowest, highest = checks.labels

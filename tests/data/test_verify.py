@@ -244,6 +244,17 @@ def test_stats_percentiles_are_numpys(tmp_path):
     assert "none   │      │ 1" in result.output
 
 
+def test_stats_of_damaged_shards_count_what_is_bad(tmp_path):
+    folder = good(tmp_path, shards=1, each=4)
+    size = (folder / "0.tar").stat().st_size
+    index = parse_index((folder / "0.tar.idx").read_bytes(), folder)
+    start = int(index.table["offset"][1]) * 512
+    tamper(folder, "0.tar", lambda data: data[:start] + bytes(size - start))
+    assert "none   │      │ 3" in done("stats", folder).output
+    tamper(folder, "0.tar", lambda data: bytes(size))
+    refused(r"none of 4 samples has an image; `pretrain shards verify` says why", "stats", folder)
+
+
 # --- repair
 
 
