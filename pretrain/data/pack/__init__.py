@@ -102,7 +102,7 @@ def pack(
             made = _make(jobs, workers, on_images, on_shard)
             packed = {split: _finish(shards / split, split, made, source.class_names) for split in splits}
             _publish(shards, out)
-            shutil.rmtree(work)
+            shutil.rmtree(work, ignore_errors=True)
     except _BusyError:
         raise
     except (OSError, DataError) as error:
