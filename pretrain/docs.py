@@ -47,6 +47,8 @@ def _walk(section: Schema, definitions: Schema, prefix: str, when_missing: str) 
         if inner is None:
             default = _shown(schema["default"]) if "default" in schema else when_missing
             yield Setting(f"`{key}`", _allowed(schema), default, schema.get("description", ""))
+            for item in (definitions[_name_of(o["items"])] for o in options if "$ref" in o.get("items", {})):
+                yield from _walk(item, definitions, f"{key}[].", f"required in `{key}`")
         elif len(options) > 1:  # a section or null
             yield from _walk(inner, definitions, f"{key}.", f"required with `{key}`")
         else:
@@ -65,6 +67,8 @@ def _allowed(schema: Schema) -> str:
         return ", ".join(_shown(value) for value in schema["enum"])
     if "const" in schema:
         return _shown(schema["const"])
+    if "$ref" in schema.get("items", {}):
+        return "list of sections"
     if schema["type"] == "array":
         items = [_allowed(item) for item in schema.get("prefixItems", [])]
         return f"[{', '.join(items) if items else _allowed(schema['items']) + ', ...'}]"

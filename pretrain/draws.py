@@ -5,6 +5,8 @@ over numpy arrays of counters. The key is (seed, stream), the counter (index, a,
 of, say, sample 7 of epoch 3 gets the same ones on any rank, thread or restart, and on any version of a library.
 """
 
+import math
+from collections.abc import Callable
 from enum import IntEnum
 
 import numpy as np
@@ -30,6 +32,7 @@ class Stream(IntEnum):
     AUGMENT = 3
     DROP_PATH = 4
     SPLIT = 5
+    MIXING = 6
     MIXUP = 7
     POLICY = 8
 
@@ -44,10 +47,74 @@ def uniform(
     return _words(seed, stream, count, a, b, c).astype(np.float64) * 2.0**-32
 
 
-def permutation(seed: int, stream: Stream, n: int, a: int, b: int = 0, c: int = 0) -> IntArray:
-    """A permutation of range(n): int64 [n]. Sorts n 64-bit draws; a tie keeps the lower number first."""
+def permutation(
+    seed: int, stream: Stream, n: int, a: npt.ArrayLike, b: npt.ArrayLike = 0, c: npt.ArrayLike = 0
+) -> IntArray:
+    """A permutation of range(n) for every (a, b, c): int64 [*S, n] for S as in `uniform`.
+
+    Sorts n 64-bit draws; a tie keeps the lower number first.
+    """
     words = _words(seed, stream, 2 * n, a, b, c)
-    return np.argsort(words[0::2] << _HALF | words[1::2], kind="stable").astype(np.int64)
+    return np.argsort(words[..., 0::2] << _HALF | words[..., 1::2], axis=-1, kind="stable").astype(np.int64)
+
+
+class Shuffle:
+    """A permutation of range(n) of which only those places are computed that are asked for, in both directions.
+
+    Up to `SORTED` numbers it is `permutation`, uniform over all of them. Above, numbers are pairs (left, right) with
+    left * B + right, A * B >= n, and each round adds a drawn function of one half to the other, as in the generalised
+    Feistel cipher of Black and Rogaway 2002, "Ciphers with arbitrary finite domains", section 5, with the ten rounds
+    of NIST SP 800-38G; a pair that is no number goes through again. Memory is O(sqrt(n)).
+    """
+
+    SORTED = 1024
+
+    def __init__(self, seed: int, stream: Stream, n: int, a: int, b: int = 0, c: int = 0) -> None:
+        self._n = n
+        if n <= self.SORTED:
+            self._table = permutation(seed, stream, n, a, b, c)
+            self._inverse = np.argsort(self._table)
+            return
+        left = math.isqrt(n - 1) + 1
+        self._sides = left, -(-n // left)
+        pairs = _ROUNDS // 2
+        words = _words(seed, stream, pairs * sum(self._sides), a, b, c).astype(np.int64)
+        to_left, to_right = words[: pairs * self._sides[1]], words[pairs * self._sides[1] :]
+        self._rounds = list(
+            zip(
+                to_left.reshape(pairs, self._sides[1]) % self._sides[0],
+                to_right.reshape(pairs, self._sides[0]) % self._sides[1],
+                strict=True,
+            )
+        )
+
+    def at(self, place: IntArray) -> IntArray:
+        """The number at each place: int64 of the same shape."""
+        return self._table[place] if self._n <= self.SORTED else self._walk(self._encrypt, place)
+
+    def place_of(self, number: IntArray) -> IntArray:
+        """Where each number stands: the inverse of `at`."""
+        return self._inverse[number] if self._n <= self.SORTED else self._walk(self._decrypt, number)
+
+    def _walk(self, step: Callable[[IntArray], IntArray], value: IntArray) -> IntArray:
+        value = step(value)
+        while (outside := value >= self._n).any():
+            value[outside] = step(value[outside])
+        return value
+
+    def _encrypt(self, value: IntArray) -> IntArray:
+        left, right = np.divmod(value, self._sides[1])
+        for to_left, to_right in self._rounds:
+            left = (left + to_left[right]) % self._sides[0]
+            right = (right + to_right[left]) % self._sides[1]
+        return left * self._sides[1] + right
+
+    def _decrypt(self, value: IntArray) -> IntArray:
+        left, right = np.divmod(value, self._sides[1])
+        for to_left, to_right in reversed(self._rounds):
+            right = (right - to_right[left]) % self._sides[1]
+            left = (left - to_left[right]) % self._sides[0]
+        return left * self._sides[1] + right
 
 
 def normal(first: npt.ArrayLike, second: npt.ArrayLike) -> FloatArray:

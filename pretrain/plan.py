@@ -97,9 +97,9 @@ def _this_machine() -> Hardware:
 
 
 def _resolve(config: Config, world_size: int, hardware: Hardware) -> Plan:
-    from pretrain.data import facts, open_dataset
+    from pretrain.data import facts, open_dataset, open_training
 
-    train = open_dataset(config.data.train.shards)
+    train = open_training(config.data.train)
     train.require_classes(config.model.num_classes)
     val = open_dataset(config.data.val.shards) if config.data.val else None
     if val is not None:

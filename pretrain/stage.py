@@ -1,6 +1,6 @@
 """One attempt at one stage, put together: data, plan, engine, first weights, tracking, loop, conclusion."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,12 @@ from pretrain.checkpoint.load import Slices, WeightsFile, newest_valid, open_wei
 from pretrain.config import Config, InitConfig, Plan, resolve
 from pretrain.config.idle import idle_settings
 from pretrain.config.resume import adapted, changed_keys, changed_numbers, flatten
-from pretrain.data import Dataset, facts, open_dataset
+from pretrain.data import Dataset, facts, open_dataset, open_training
 from pretrain.data.loader import EvalLoader, TrainLoader
+from pretrain.data.state import check_continues, data_state
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
-from pretrain.errors import CheckpointError, ConfigError, DataError
+from pretrain.errors import ConfigError
 from pretrain.hardware import detect
 from pretrain.logs import log
 from pretrain.metrics import Meter, peak_flops
@@ -106,7 +107,7 @@ def run_stage(
             validation=validation,
             meter=_meter(config, plan, ranks, start),
             run_dir=directory,
-            data_state=lambda step: _data_state(step, plan, config),
+            data_state=lambda step: data_state(step, plan, config.run.seed),
             stop=stop,
             start=start,
             tracker=tracker,
@@ -120,7 +121,7 @@ def run_stage(
 
 def _open_data(config: Config) -> Data:
     """Open the data sets from their manifests and see that the labels fit the model."""
-    train = open_dataset(config.data.train.shards)
+    train = open_training(config.data.train)
     val = None if config.data.val is None else open_dataset(config.data.val.shards)
     for dataset in (train, val):
         if dataset is not None:
@@ -144,17 +145,7 @@ def _start_at(
     found: Slices, config: Config, plan: Plan, train: Dataset, allow_change: Sequence[str]
 ) -> Start:
     """Where the checkpoint left off; refuses to go on with other data, settings or precision."""
-    before = found.manifest.data
-    if before["digest"] != train.digest:
-        raise DataError(
-            f"{found.folder} was trained on the data set {before['digest']}, but {train.source} is {train.digest}: "
-            "shards were added, removed or changed. Bring the data set back, or begin another run with init.from."
-        )
-    now = _order(plan)
-    if any(before[key] != value for key, value in now.items()):
-        raise CheckpointError(
-            f"{found.folder} has the sample order {before}, this config gives {now}; restore its values"
-        )
+    check_continues(found.manifest.data, plan, config.run.seed, train, str(found.folder))
     run = found.folder.parents[1]
     run_dir.refuse_changes(run, changed_keys(config_of(found.manifest, found.folder), config), allow_change)
     run_dir.refuse_changes(run, changed_numbers(found.manifest.plan, plan), allow_change)
@@ -166,24 +157,6 @@ def _start_at(
         f" with {', '.join(changes)}" if changes else "",
     )
     return Start(found.manifest.step, found.manifest.progress)
-
-
-def _order(plan: Plan) -> dict[str, Any]:
-    return {
-        "global_batch": plan.global_batch,
-        "lanes": plan.lanes,
-        "block_samples": plan.block_samples,
-        "window_blocks": plan.window_blocks,
-    }
-
-
-def _data_state(step: int, plan: Plan, config: Config) -> Mapping[str, Any]:
-    """All that the sample order needs to go on: the same on every rank, a few hundred bytes."""
-    return {
-        "samples_seen": step * plan.global_batch,
-        "seed": config.run.seed,
-        "digest": plan.train_digest,
-    } | _order(plan)
 
 
 def _hand_off(config: Config, init: InitConfig, ranks: Ranks) -> _HandOff:

@@ -18,6 +18,7 @@ from pretrain.checkpoint import checkpoints
 from pretrain.checkpoint.layout import folder_of
 from pretrain.checkpoint.save import Content, mark_best, prune, save
 from pretrain.config import Config, Plan
+from pretrain.data.state import source_epochs
 from pretrain.distributed import Ranks, StepExchange, StepFacts
 from pretrain.engine import Engine
 from pretrain.logs import log
@@ -151,6 +152,9 @@ class Trainer:
             "train/samples": self.step * self.plan.global_batch,
             "train/skipped_steps": self.skipped_steps,
         }
+        if len(self.plan.sources) > 1 or self.plan.repeats > 1:  # else it is the epoch
+            passes = source_epochs(self.step, self.plan, self.config.run.seed)
+            metrics |= {f"data/epoch/{name}": value for name, value in passes.items()}
         self._track(metrics)
         speed = metrics["perf/images_per_second"]
         bar.set_postfix_str(f"loss {metrics['train/loss']:.4f}, {speed:.0f} images/s", refresh=False)

@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pretrain.draws import Stream, _philox, permutation, split64, uniform
+from pretrain.draws import Shuffle, Stream, _philox, permutation, split64, uniform
 
 # Random123's known-answer file (kat_vectors), philox4x32 with 10 rounds: counter, key, answer.
 KNOWN_ANSWERS = [
@@ -108,3 +108,59 @@ def test_split64_keeps_every_bit(position: int) -> None:
     low, high = split64(position)
     assert 0 <= low < 2**32
     assert int(high) * 2**32 + int(low) == position
+
+
+@given(n=st.integers(1, 5000), seed=st.integers(0, 2**32 - 1), a=st.integers(0, 2**32 - 1))
+@example(n=Shuffle.SORTED, seed=0, a=0)
+@example(n=Shuffle.SORTED + 1, seed=0, a=0)
+def test_a_shuffle_holds_every_number_once_and_knows_the_way_back(n: int, seed: int, a: int) -> None:
+    shuffle = Shuffle(seed, Stream.BLOCKS, n, a)
+    number = shuffle.at(np.arange(n))
+    assert (np.sort(number) == np.arange(n)).all()
+    assert (shuffle.place_of(number) == np.arange(n)).all()
+    some = np.arange(0, n, 7)[::-1]
+    assert (shuffle.at(some) == number[some]).all()
+
+
+def test_a_short_shuffle_is_the_sorted_permutation() -> None:
+    for n in (1, 2, 100, Shuffle.SORTED):
+        shuffle = Shuffle(3, Stream.BLOCKS, n, 5, 6, 7)
+        assert (shuffle.at(np.arange(n)) == permutation(3, Stream.BLOCKS, n, 5, 6, 7)).all()
+
+
+def test_permutations_of_many_keys_at_once_are_those_of_each() -> None:
+    together = permutation(3, Stream.MIXING, 50, np.arange(4)[:, None], np.arange(3))
+    for a in range(4):
+        for b in range(3):
+            assert (together[a, b] == permutation(3, Stream.MIXING, 50, a, b)).all()
+
+
+@pytest.mark.parametrize("n", [1025, 4001, 50_000])
+def test_a_long_shuffle_looks_like_a_random_permutation(n: int) -> None:
+    """Places, neighbours, inversions and fixed points over many keys, each within bounds that chance leaves once in
+    thousands of times."""
+    rounds, cells = 40, 8
+    counts = np.zeros((cells, cells))
+    fixed, inversions, neighbours = 0, 0, 0
+    for a in range(rounds):
+        number = Shuffle(0, Stream.BLOCKS, n, a).at(np.arange(n))
+        np.add.at(counts, (np.arange(n) * cells // n, number * cells // n), 1)
+        fixed += int((number == np.arange(n)).sum())
+        neighbours += int((np.abs(np.diff(number)) == 1).sum())
+        some = number[:: max(1, n // 200)]
+        inversions += int((some[:, None] > some[None, :])[np.triu_indices(len(some), 1)].sum())
+    expected = rounds * n / cells**2
+    # At random the cells' chi-square has (cells - 1)^2 = 49 degrees of freedom; 85.4 is exceeded once in a thousand.
+    assert ((counts - expected) ** 2 / expected).sum() < 85.4
+    # Fixed points: Poisson of mean 1 a permutation. Neighbours that stay neighbours: mean 2.
+    assert abs(fixed - rounds) < 5 * math.sqrt(rounds)
+    assert abs(neighbours - 2 * rounds) < 5 * math.sqrt(2 * rounds)
+    pairs = len(some) * (len(some) - 1) / 2
+    deviation = math.sqrt(rounds * len(some) * (len(some) - 1) * (2 * len(some) + 5) / 72)
+    assert abs(inversions - rounds * pairs / 2) < 4 * deviation
+
+
+def test_a_long_shuffle_is_pinned() -> None:
+    """It is part of the sample order, and so of a run's identity."""
+    shuffle = Shuffle(1, Stream.BLOCKS, 2000, 2, 3)
+    assert shuffle.at(np.array([0, 1, 2, 1000, 1999])).tolist() == [155, 450, 1025, 920, 814]

@@ -21,6 +21,7 @@ from pretrain.config.schema import (
     TimmRandAugmentConfig,
     TrackingConfig,
     TrainConfig,
+    TrainSourceConfig,
 )
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "TimmRandAugmentConfig",
     "TrackingConfig",
     "TrainConfig",
+    "TrainSourceConfig",
     "dump",
     "load",
     "resolve",

@@ -194,15 +194,22 @@ def _explain(problem: Any, located: _Located) -> str:
 def _unknown(key: Key) -> str:
     section: Any = Config
     for name in key[:-1]:
-        section = _section_type(section, str(name))
+        if isinstance(name, str):  # a number counts the entries of a list: they are all of one type
+            section = _section_type(section, name)
     allowed = [field.alias or name for name, field in section.model_fields.items()] if section else []
     return f"unknown key{_nearest(str(key[-1]), allowed)}; allowed here: {', '.join(allowed)}"
 
 
 def _section_type(section: Any, name: str) -> Any:
     annotation = section.model_fields[name].annotation if section and name in section.model_fields else None
-    options = [annotation, *get_args(annotation)]
-    return next((o for o in options if isinstance(o, type) and issubclass(o, pydantic.BaseModel)), None)
+    return next(
+        (o for o in _parts(annotation) if isinstance(o, type) and issubclass(o, pydantic.BaseModel)), None
+    )
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """A type and all that it is made of, such as the sections of an optional list of them."""
+    return [annotation, *(part for inner in get_args(annotation) for part in _parts(inner))]
 
 
 def _nearest(given: str, allowed: list[str]) -> str:

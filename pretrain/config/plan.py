@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from pretrain.config.schema import Config
+from pretrain.config.schema import Config, TrainSourceConfig
 from pretrain.errors import ConfigError
 
 MAX_LANES = 256
@@ -20,7 +20,10 @@ own bf16 optimizer takes a step of its own at construction and so corrects Adam'
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the plan needs to know of a data set; read from manifests, no sample is opened."""
+    """What the plan needs to know of a data set; read from manifests, no sample is opened.
+
+    source_samples: those of each source of a mixture, in the config's order; none where there is no mixture.
+    """
 
     samples: int
     shards: int
@@ -28,6 +31,16 @@ class DataFacts:
     digest: str
     val_samples: int = 0
     val_digest: str = ""
+    source_samples: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class SourceShare:
+    """A source of training samples: `ratio` of every sum of all ratios come from it."""
+
+    name: str
+    samples: int
+    ratio: int
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,11 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Plan:
-    """See `table` for what each number is. Batches are in samples, lr and weight decay as the optimizer sees them."""
+    """See `table` for what each number is. Batches are in rows, lr and weight decay as the optimizer sees them.
+
+    A row is one view of a sample; with `repeats` a batch has that many rows of each. An epoch, as a length, is as many
+    rows as there are training samples, so that repeats and mixing leave the compute of a recipe as it is.
+    """
 
     world_size: int
     global_batch: int
@@ -53,6 +70,8 @@ class Plan:
     lanes: int
     block_samples: int
     window_blocks: int
+    repeats: int
+    sources: tuple[SourceShare, ...]
     total_steps: int
     warmup_steps: int
     epochs: float
@@ -83,6 +102,11 @@ class Plan:
     def slice_of(self, rank: int) -> tuple[int, int]:
         """First and past-the-last row of the global batch that `rank` computes."""
         return slice_bounds(self.global_batch, rank, self.world_size, self.row_unit)
+
+    @property
+    def distinct_samples(self) -> int:
+        """Samples of one global batch."""
+        return self.global_batch // self.repeats
 
     @property
     def loss_scale(self) -> float:
@@ -120,7 +144,8 @@ class Plan:
                 "image, grid, tokens",
                 f"{_by(self.img_size)} px, {_by(self.grid)} patches, {self.num_tokens} tokens",
             ),
-            ("global batch", f"{self.global_batch:,} samples"),
+            *self._sources_row(),
+            ("global batch", f"{self.global_batch:,} samples" + self._repeated()),
             ("per rank", slices),
             ("micro-batch x accumulation", f"{self.micro_batch} x {self.accumulation}"),
             (
@@ -142,10 +167,32 @@ class Plan:
             ("checkpoints", f"every {self.save_every_steps:,} steps and at the end"),
         ]
 
+    def _repeated(self) -> str:
+        if self.repeats == 1:
+            return ""
+        return f": {self.distinct_samples:,}, each {self.repeats} times with draws of its own"
+
+    def _sources_row(self) -> list[tuple[str, str]]:
+        """Where a sample is not simply seen once an epoch: how often each source is passed over."""
+        if len(self.sources) == 1 and self.repeats == 1:
+            return []
+        drawn, parts = self.total_steps * self.distinct_samples, sum(s.ratio for s in self.sources)
+        lines = [
+            f"{s.name} {s.ratio / parts:.1%}: {s.samples:,} samples, {drawn * s.ratio / parts / s.samples:.2f} passes"
+            for s in self.sources
+        ]
+        return [("sources", "\n".join(lines))]
+
 
 def resolve(config: Config, world_size: int, data: DataFacts, hardware: Hardware) -> Plan:
     """Compute the plan; raises `ConfigError` where the settings cannot be met."""
     batch = config.train.global_batch
+    repeats = config.data.augment.repeats
+    if batch % repeats:
+        raise ConfigError(
+            f"data.augment.repeats {repeats} does not divide train.global_batch {batch}: every sample of a batch has "
+            f"{repeats} rows. Use a multiple of {repeats} as the batch."
+        )
     unit = _row_unit(config, world_size)
     smallest, largest = unit * (batch // unit // world_size), unit * -(-batch // unit // world_size)
     micro_batch, accumulation = _micro_batch(config.train.micro_batch or largest, largest, unit)
@@ -169,9 +216,11 @@ def resolve(config: Config, world_size: int, data: DataFacts, hardware: Hardware
         largest_slice=largest,
         micro_batch=micro_batch,
         accumulation=accumulation,
-        lanes=_lanes(config.data.lanes, batch),
+        lanes=_lanes(config.data.lanes, batch, repeats),
         block_samples=max(1, round(config.data.block_mib * 2**20 * data.samples / max(1, data.bytes))),
         window_blocks=config.data.window_blocks,
+        repeats=repeats,
+        sources=_sources(config.data.train, data),
         total_steps=total_steps,
         warmup_steps=warmup_steps,
         epochs=total_steps * batch / data.samples,
@@ -245,14 +294,21 @@ def _steps(steps: int | None, epochs: float | None, samples: int | None, batch: 
     return int(-(-wanted // batch))
 
 
-def _lanes(given: int | None, batch: int) -> int:
+def _lanes(given: int | None, batch: int, repeats: int) -> int:
+    distinct = batch // repeats
     if given is None:
-        return max(n for n in range(1, min(batch, MAX_LANES) + 1) if batch % n == 0)
-    if batch % given:
+        return max(n for n in range(1, min(distinct, MAX_LANES) + 1) if distinct % n == 0)
+    if distinct % given:
+        parts = f"{batch}" if repeats == 1 else f"{batch} / data.augment.repeats {repeats}"
         raise ConfigError(
-            f"data.lanes {given} does not divide train.global_batch {batch}; use a divisor, or leave it out"
+            f"data.lanes {given} does not divide train.global_batch {parts}; use a divisor, or leave it out"
         )
     return given
+
+
+def _sources(train: TrainSourceConfig, data: DataFacts) -> tuple[SourceShare, ...]:
+    samples = data.source_samples or (data.samples,)
+    return tuple(SourceShare(*facts) for facts in zip(train.names, samples, train.ratios, strict=True))
 
 
 def _precision(config: Config, hardware: Hardware) -> Precision:

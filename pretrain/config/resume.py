@@ -33,6 +33,7 @@ FIXED = (
     "data.lanes",
     "data.block_mib",
     "data.window_blocks",
+    "data.augment.repeats",
     "model",
     "optim.name",
     "train.global_batch",

@@ -5,16 +5,21 @@ their unit in the key (`warmup_steps`, `total_epochs`); sizes are (height, width
 A key that is not here is an error, a value of another type is an error, and nothing is guessed.
 """
 
+from collections import Counter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pretrain.config.ratios import whole_ratios
 from pretrain.config.sizes import SIZES, SizeName
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 ResizeKernel = Literal["bicubic_antialias", "bicubic", "bilinear", "align_corners"]
+
+
+MAX_SOURCES = 16
 
 
 class Section(BaseModel):
@@ -39,6 +44,55 @@ class SourceConfig(Section):
     shards: str = Field(
         description="folder of shards with their manifest, or a brace pattern such as `dir/a-{000..099}.tar`"
     )
+
+
+class MixedSourceConfig(Section):
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        max_length=20,
+        description="name of a source in tables and metrics",
+    )
+    shards: str = Field(description="its folder of shards with their manifest, or a brace pattern")
+    weight: Annotated[float, Field(gt=0)] = Field(
+        description="its part of all training samples, relative to the other sources'"
+    )
+
+
+class TrainSourceConfig(Section):
+    shards: str | None = Field(
+        None,
+        description="folder of shards with their manifest, or a brace pattern such as `dir/a-{000..099}.tar`; "
+        "this or `mix`",
+    )
+    mix: tuple[MixedSourceConfig, ...] | None = Field(
+        None, description="2 to 16 sources, mixed by weight; they must mean the same by a label"
+    )
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        _one_of(self, "shards", "mix", at_least=1)
+        if self.mix is not None and not 2 <= len(self.mix) <= MAX_SOURCES:
+            raise ValueError(f"mix is a list of 2 to {MAX_SOURCES} sources; given: {len(self.mix)}")
+        twice = [name for name, count in Counter(self.names).items() if count > 1]
+        if twice:
+            raise ValueError(f"two sources of mix are named {twice[0]}; give each a name of its own")
+        whole_ratios([source.weight for source in self.mix or ()] or [1])
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sources in their order; `train` where there is only one."""
+        return tuple(source.name for source in self.mix) if self.mix else ("train",)
+
+    @property
+    def ratios(self) -> tuple[int, ...]:
+        """The sources' parts as whole numbers."""
+        return whole_ratios([source.weight for source in self.mix]) if self.mix else (1,)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The shards of each source."""
+        return tuple(source.shards for source in self.mix) if self.mix else (self.shards or "",)
 
 
 class TimmRandAugmentConfig(Section):
@@ -133,6 +187,11 @@ class AugmentConfig(Section):
         None, description="boxes of an image blotted out, last of all"
     )
 
+    repeats: Annotated[int, Field(ge=1, le=255)] = Field(
+        1,
+        description="rows of a batch that a sample has, each with its own draws; must divide the global batch",
+    )
+
     @model_validator(mode="after")
     def _one_policy(self) -> Self:
         given = [n for n in ("randaugment_timm", "randaugment_bv", "three_augment") if getattr(self, n)]
@@ -152,7 +211,7 @@ class AugmentConfig(Section):
 
 
 class DataConfig(Section):
-    train: SourceConfig = Field(description="what to train on")
+    train: TrainSourceConfig = Field(description="what to train on")
     val: SourceConfig | None = Field(None, description="what to evaluate on; none: no evaluation")
     augment: AugmentConfig = Field(AugmentConfig(), description="what is drawn for each training image")
     val_crop: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
@@ -168,8 +227,9 @@ class DataConfig(Section):
     )
     prefetch_steps: Positive = Field(2, description="steps that are decoded ahead")
     max_pixels: Positive = Field(89_478_485, description="an image whose header says more is refused unread")
-    lanes: Positive | None = Field(
-        None, description="canonical lanes of the sample order; must divide the global batch; none: chosen"
+    lanes: Annotated[int, Field(ge=1, lt=2**20)] | None = Field(
+        None,
+        description="canonical lanes of the sample order; must divide the global batch / repeats; none: chosen",
     )
     block_mib: Annotated[float, Field(gt=0)] = Field(
         8.0, description="bytes read at once, in MiB: one I/O block"

@@ -6,6 +6,7 @@ Sizes are (height, width), pixels uint8 [height, width, channels] throughout.
 import math
 
 import numpy as np
+import numpy.typing as npt
 
 from pretrain.config import AugmentConfig, ModelConfig
 from pretrain.data.crops import INCEPTION_DRAWS, SIMPLE_DRAWS, Box, inception_box, simple_crop
@@ -16,19 +17,25 @@ from pretrain.draws import FloatArray, IntArray, Stream, split64, uniform
 _TRIES = 10
 NUM_DRAWS = 4 * _TRIES + 1
 """Area, shape, top and left for each try of a `random_resized` crop, room enough for the simpler ones; then the flip."""
+REPEAT_SHIFT = 24
+"""The upper word of a sample's number has room for the repeat: 2^56 samples are enough."""
 
 
 class TrainView:
-    """Random crop, flip and policy, drawn by (seed, epoch, sample): the same on any rank, thread or restart."""
+    """Random crop, flip and policy, drawn by (seed, epoch, sample, repeat): the same on any rank, thread or restart."""
 
     def __init__(self, config: AugmentConfig, model: ModelConfig, interpolation: str, seed: int) -> None:
         self._config, self._interpolation, self._seed = config, interpolation, seed
         self._num_draws = INCEPTION_DRAWS + 1 if config.crop == "inception" else NUM_DRAWS
         self._policy = Policy(config, model, interpolation, seed)
 
-    def draws(self, epoch: IntArray, sample: IntArray) -> FloatArray:
-        """float64 [n, draws] in [0, 1) for samples by epoch and number: those of crop and flip, then the policy's."""
+    def draws(self, epoch: IntArray, sample: IntArray, repeat: npt.ArrayLike = 0) -> FloatArray:
+        """float64 [n, draws] in [0, 1) for samples by epoch, number, and which of its copies in the batch.
+
+        Those of crop and flip, then the policy's.
+        """
         low, high = split64(sample)
+        high = high | np.left_shift(repeat, REPEAT_SHIFT)
         view = uniform(self._seed, Stream.AUGMENT, self._num_draws, low, high, epoch)
         return np.concatenate([view, self._policy.draws(low, high, epoch)], axis=1)
 
@@ -63,7 +70,7 @@ class EvalView:
     def __init__(self, val_crop: float, interpolation: str) -> None:
         self._val_crop, self._interpolation = val_crop, interpolation
 
-    def draws(self, epoch: IntArray, sample: IntArray) -> FloatArray:
+    def draws(self, epoch: IntArray, sample: IntArray, repeat: npt.ArrayLike = 0) -> FloatArray:
         """Nothing is drawn: float64 [n, 0]."""
         return np.empty((len(sample), 0))
 

@@ -5,13 +5,14 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from pretrain.config.plan import DataFacts
 from pretrain.data.index import SUFFIX, remedy
-from pretrain.data.manifest import NAME, Manifest, Shard, digest, read_manifest
+from pretrain.data.manifest import NAME, Manifest, Shard, digest, digest_of_sources, read_manifest
 from pretrain.draws import IntArray
 from pretrain.errors import DataError
 
@@ -21,13 +22,17 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Dataset:
-    """paths: where each shard lies; shards: what the manifest says of it; labels: lowest and highest."""
+    """paths: where each shard lies; shards: what the manifest says of it; labels: lowest and highest.
+
+    source_shards: where several sources were put together (`data.sources`), the number of shards of each.
+    """
 
     source: str
     paths: tuple[str, ...]
     shards: tuple[Shard, ...]
     labels: tuple[int, int]
     class_names: tuple[str, ...] | None
+    source_shards: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -43,13 +48,22 @@ class Dataset:
         return np.concatenate(([0], np.cumsum(self.shard_samples)))
 
     @cached_property
+    def source_samples(self) -> IntArray:
+        """Samples of each of `source_shards`: int64."""
+        samples: IntArray = np.diff(self.starts[np.cumsum([0, *self.source_shards])])
+        return samples
+
+    @cached_property
     def num_bytes(self) -> int:
         return sum(shard.bytes for shard in self.shards)
 
     @cached_property
     def digest(self) -> str:
-        """What identifies the samples and their numbers; hex."""
-        return digest(self.shards)
+        """What identifies the samples, their numbers and their sources; hex."""
+        if not self.source_shards:
+            return digest(self.shards)
+        bounds = np.cumsum([0, *self.source_shards])
+        return digest_of_sources(digest(self.shards[a:b]) for a, b in pairwise(bounds))
 
     def locate(self, numbers: IntArray) -> tuple[IntArray, IntArray]:
         """Sample numbers in the data set to (shard, sample in it)."""
@@ -100,6 +114,7 @@ def facts(train: Dataset, val: Dataset | None) -> DataFacts:
         digest=train.digest,
         val_samples=len(val) if val else 0,
         val_digest=val.digest if val else "",
+        source_samples=tuple(int(n) for n in train.source_samples),
     )
 
 

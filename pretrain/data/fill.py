@@ -33,7 +33,7 @@ class Filler:
 
     def fill(self, rows: Rows, images: npt.NDArray[np.uint8], labels: IntArray) -> None:
         """Write images uint8 [n, H, W, C] and labels int64 [n] of n rows. Raises `DataError`."""
-        draws = self._view.draws(rows.epoch, self._dataset.starts[rows.shard] + rows.sample)
+        draws = self._view.draws(rows.epoch, self._dataset.starts[rows.shard] + rows.sample, rows.repeat)
         for i, sample in enumerate(self._reader.read(rows.shard, rows.sample)):
             try:
                 pixels = self._decode(sample)

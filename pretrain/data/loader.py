@@ -30,7 +30,8 @@ from pretrain.data.augment import EvalView, TrainView
 from pretrain.data.buffers import Ring
 from pretrain.data.dataset import Dataset
 from pretrain.data.fill import Filler, Workers
-from pretrain.data.order import Order, Rows, evaluation_slice
+from pretrain.data.order import Rows, evaluation_slice
+from pretrain.data.state import planned_order
 from pretrain.draws import IntArray
 from pretrain.hardware import cores_given
 
@@ -136,14 +137,7 @@ class TrainLoader(_Loader):
         view = TrainView(data.augment, model, data.interpolation, seed)
         super().__init__(dataset, data, model, plan, view, data.prefetch_steps)
         self._plan, self._slice = plan, plan.slice_of(rank)
-        self._order = Order(
-            dataset.shard_samples,
-            seed=seed,
-            global_batch=plan.global_batch,
-            lanes=plan.lanes,
-            block_samples=plan.block_samples,
-            window_blocks=plan.window_blocks,
-        )
+        self._order = planned_order(dataset, plan, seed)
 
     def steps(self, first_step: int) -> Iterator[list[Batch]]:
         """For `first_step` (0 is the first of the run) and each that follows, without end: this rank's batches.
@@ -191,7 +185,8 @@ class EvalLoader(_Loader):
     def _requests(self) -> Iterator[list[tuple[Rows, BoolArray]]]:
         for number, counts in zip(self._number, self._counts, strict=True):
             shard, sample = self._dataset.locate(number)
-            yield [(Rows(shard, sample, np.zeros_like(number), number.copy()), counts)]
+            zeros = np.zeros_like(number)
+            yield [(Rows(shard, sample, zeros, number.copy(), zeros), counts)]
 
 
 def _parts(count: int, size: int) -> list[slice]:

@@ -84,6 +84,11 @@ def digest(shards: Iterable[Shard]) -> str:
     return identity.hexdigest()
 
 
+def digest_of_sources(digests: Iterable[str]) -> str:
+    """Identity of several lists of shards and of where each ends."""
+    return hashlib.sha256("\n".join(["sources 1", *digests]).encode()).hexdigest()
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and check `folder/manifest.json`; raises `DataError`."""
     path = folder / NAME

@@ -1,38 +1,54 @@
 """The elastic sample order: which sample stands at which position, as a pure function of a seed and a position.
 
+    sources mixed by weight       a b a a b a a ...            `data.mixing`; each of them on its own:
     epoch e: shards permuted      [ shard 7 | shard 2 |   shard 5   | shard 0 | ...          ]  N samples
     cut into C lanes              |---- lane 0 ----|---- lane 1 ----| ... |-- lane C-1 --|      N/C samples each
     a lane cut into I/O blocks    |b0|b1|b2|b3|b4 |    runs of samples of one shard, read as one range
     blocks permuted in the lane   |b3|b0|b4|b1|b2 |
     samples permuted in windows   (b3 b0)(b4 b1)(b2)   of `window_blocks` blocks
     positions deal the lanes out  position g: epoch g // N, then j = g % N: lane j % C, its sample number j // C
-    batch t                       positions [tB, (t+1)B), listed by lane; rank r of R takes rows [rB//R, (r+1)B//R)
+    batch t                       positions [tD, (t+1)D), listed by lane, and that list m times: B = mD rows
+    rank r of R                   rows [rB//R, (r+1)B//R)
 
-Every window [eN, (e+1)N) of positions holds every sample exactly once, and epochs follow one another without a
-seam. Neither the number of ranks, nor of threads, nor accumulation enters; any step is computed directly, in memory
-proportional to the blocks of the lanes that are asked for. Arrays in, arrays out: no file is touched here.
+m is how often a sample stands in a batch (`data.augment.repeats`), 1 by default. Every window [eN, (e+1)N) of a
+source's positions holds every sample of it exactly once, and epochs follow one another without a seam. Neither the
+number of ranks, nor of threads, nor accumulation enters; any step is computed directly, in memory proportional to the
+shards of the lanes that are asked for. Arrays in, arrays out: no file is touched here.
 """
 
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.draws import IntArray, Stream, permutation
+from pretrain.data.lanes import MAX_LANES, Lanes
+from pretrain.data.mixing import Mix
+from pretrain.draws import IntArray
+
+VERSION = 2
+"""Of the order: two versions give different samples for the same seed. Part of every checkpoint."""
 
 
 class Rows(NamedTuple):
-    """Samples in the order of a batch's rows; four int64 arrays of one length.
+    """Samples in the order of a batch's rows; five int64 arrays of one length.
 
-    shard: number of the shard in the data set; sample: number of the sample in that shard; epoch; position: the g
-    of the picture above.
+    shard: number of the shard in the data set; sample: number of the sample in that shard; epoch: of its source;
+    position: batch t has tB..(t+1)B-1, each once; repeat: 0..m-1 for the copies of a sample in its batch.
     """
 
     shard: IntArray
     sample: IntArray
     epoch: IntArray
     position: IntArray
+    repeat: IntArray
+
+
+class Share(NamedTuple):
+    """A source: the next `shards` shards of the data set, and its part of the mixture."""
+
+    shards: int
+    ratio: int
 
 
 class Order:
@@ -47,21 +63,39 @@ class Order:
         lanes: int,
         block_samples: int,
         window_blocks: int,
+        sources: Sequence[Share] = (),
+        repeats: int = 1,
     ) -> None:
-        """shard_samples: int [number of shards], samples of each; `lanes` divides `global_batch`."""
-        self._shard_samples = np.asarray(shard_samples, dtype=np.int64)
-        self.num_samples = int(self._shard_samples.sum())
-        if self.num_samples < 1:
-            raise ValueError("an order needs at least one sample")
-        if global_batch % lanes:
-            raise ValueError(f"{lanes} lanes do not divide the global batch of {global_batch}")
-        self.seed = seed
+        """shard_samples: int [number of shards], samples of each; `lanes * repeats` divides `global_batch`.
+
+        sources: what the shards are divided in, in their order; none: one source.
+        """
+        counts = np.asarray(shard_samples, dtype=np.int64)
+        shares = list(sources) or [Share(len(counts), 1)]
+        if global_batch % (lanes * repeats):
+            raise ValueError(
+                f"{lanes} lanes do not divide the global batch of {global_batch} / {repeats} repeats"
+            )
+        if lanes >= MAX_LANES:
+            raise ValueError(f"{lanes} lanes; fewer than {MAX_LANES} are possible")
+        self._first_shard = np.cumsum([0, *(share.shards for share in shares)])
+        parts = np.split(counts, self._first_shard[1:-1])
+        if self._first_shard[-1] != len(counts) or any(part.sum() < 1 for part in parts):
+            raise ValueError("an order needs at least one sample in each source, and the shards of all")
         self.global_batch = global_batch
-        self.lanes = lanes
-        self.block_samples = block_samples
-        self.window_blocks = window_blocks
-        self._epochs: dict[int, _Epoch] = {}
-        self._lanes: dict[tuple[int, int], _Lane] = {}
+        self.distinct = global_batch // repeats
+        self._mix = Mix([share.ratio for share in shares], seed)
+        self._sources = [
+            Lanes(
+                part,
+                source=s,
+                seed=seed,
+                lanes=lanes,
+                block_samples=block_samples,
+                window_blocks=window_blocks,
+            )
+            for s, part in enumerate(parts)
+        ]
 
     def batch(self, step: int) -> Rows:
         """The global batch of `step` (0 is the first): `global_batch` rows."""
@@ -69,105 +103,27 @@ class Order:
 
     def rows(self, step: int, start: int, stop: int) -> Rows:
         """Rows [start, stop) of the global batch of `step`; only their lanes are computed."""
-        offset = np.arange(self.global_batch, dtype=np.int64)
-        first = step * self.global_batch
-        by_lane = np.argsort((first + offset) % self.num_samples % self.lanes, kind="stable")
-        position = first + by_lane[start:stop]
-        epoch, j = np.divmod(position, self.num_samples)
-        number, lane = np.divmod(j, self.lanes)
+        source, number = self._mix.deal(step * self.distinct, self.distinct)
+        repeat, row = np.divmod(np.arange(start, stop, dtype=np.int64), self.distinct)
+        row = self._by_lane(source, number)[row]
+        position = step * self.global_batch + repeat * self.distinct + row
+        shard, sample, epoch = np.empty_like(row), np.empty_like(row), np.empty_like(row)
+        for s, lanes in enumerate(self._sources):
+            mine = source[row] == s
+            if mine.any():
+                place = lanes.at(number[row[mine]])
+                shard[mine] = place.shard + self._first_shard[s]
+                sample[mine], epoch[mine] = place.sample, place.epoch
+                lanes.forget(int(number[source == s][0]), int(number[source == s][-1]))
+        return Rows(shard, sample, epoch, position, repeat)
 
-        shard, sample = np.empty_like(position), np.empty_like(position)
-        for run in _runs(lane, epoch):
-            place = self._lane(int(epoch[run.start]), int(lane[run.start]))
-            shard[run], sample[run] = place.at(number[run])
-        self._forget(first // self.num_samples, (first + self.global_batch - 1) // self.num_samples)
-        return Rows(shard, sample, epoch, position)
-
-    def _lane(self, epoch: int, lane: int) -> "_Lane":
-        if (epoch, lane) not in self._lanes:
-            if epoch not in self._epochs:
-                self._epochs[epoch] = _Epoch(self.seed, epoch, self._shard_samples)
-            self._lanes[epoch, lane] = _Lane(self, self._epochs[epoch], lane)
-        return self._lanes[epoch, lane]
-
-    def _forget(self, first_epoch: int, last_epoch: int) -> None:
-        """Keep what the epochs of the latest step need."""
-        if self._epochs and not first_epoch <= min(self._epochs) <= max(self._epochs) <= last_epoch:
-            kept = range(first_epoch, last_epoch + 1)
-            self._epochs = {e: value for e, value in self._epochs.items() if e in kept}
-            self._lanes = {key: value for key, value in self._lanes.items() if key[0] in kept}
-
-
-class _Epoch:
-    """The shards in the order of one epoch. starts: first place of each in the concatenation, and the end."""
-
-    def __init__(self, seed: int, epoch: int, shard_samples: IntArray) -> None:
-        self.number = epoch
-        self.shards = permutation(seed, Stream.SHARDS, len(shard_samples), epoch)
-        self.starts = np.concatenate(([0], np.cumsum(shard_samples[self.shards])))
-
-
-class _Lane:
-    """One lane of one epoch: its blocks in their permuted order, and the window that was last asked for."""
-
-    def __init__(self, order: Order, epoch: _Epoch, lane: int) -> None:
-        self._order, self._epoch, self._number = order, epoch.number, lane
-        shard, first, count = self._blocks(epoch, *self._span())
-        permuted = permutation(order.seed, Stream.BLOCKS, len(shard), epoch.number, lane)
-        self._shard, self._first, self._count = shard[permuted], first[permuted], count[permuted]
-        window_firsts = np.arange(0, len(shard), order.window_blocks)
-        self._window_ends = np.cumsum(np.add.reduceat(self._count, window_firsts))
-        self._window = -1, shard, first
-
-    def at(self, numbers: IntArray) -> tuple[IntArray, IntArray]:
-        """Shard and sample-in-shard of the lane's samples `numbers`, which ascend."""
-        windows = np.searchsorted(self._window_ends, numbers, side="right")
-        if windows[0] == windows[-1]:
-            return self._in_window(int(windows[0]), numbers)
-        parts = [self._in_window(int(windows[run.start]), numbers[run]) for run in _runs(windows)]
-        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
-
-    def _in_window(self, window: int, numbers: IntArray) -> tuple[IntArray, IntArray]:
-        if self._window[0] != window:
-            self._window = window, *self._shuffled(window)
-        _, shard, sample = self._window
-        local = numbers - (self._window_ends[window - 1] if window else 0)
-        return shard[local], sample[local]
-
-    def _shuffled(self, window: int) -> tuple[IntArray, IntArray]:
-        """All samples of a window, permuted."""
-        order = self._order
-        blocks = slice(window * order.window_blocks, (window + 1) * order.window_blocks)
-        count = self._count[blocks]
-        shard = np.repeat(self._shard[blocks], count)
-        sample = np.repeat(self._first[blocks], count) + _counted(count)
-        permuted = permutation(order.seed, Stream.SAMPLES, len(shard), self._epoch, self._number, window)
-        return shard[permuted], sample[permuted]
-
-    def _span(self) -> tuple[int, int]:
-        """The places [start, stop) of this lane; the first N % C lanes hold one sample more."""
-        size, longer = divmod(self._order.num_samples, self._order.lanes)
-        start = self._number * size + min(self._number, longer)
-        return start, start + size + (self._number < longer)
-
-    def _blocks(self, epoch: _Epoch, start: int, stop: int) -> tuple[IntArray, IntArray, IntArray]:
-        """Blocks of a span as (shard, first sample, samples).
-
-        They are cut at multiples of `block_samples` from the start of the shard, not of the span: so the ranges
-        that are read stay the same from epoch to epoch, except where a span ends inside a block.
-        """
-        size = self._order.block_samples
-        low = int(np.searchsorted(epoch.starts, start, side="right")) - 1
-        high = int(np.searchsorted(epoch.starts, stop, side="left"))
-        shard, place = epoch.shards[low:high], epoch.starts[low : high + 1]
-        begin = np.maximum(place[:-1], start) - place[:-1]
-        end = np.minimum(place[1:], stop) - place[:-1]
-        num_blocks = -(-end // size) - begin // size
-
-        shard, begin, end, block = (np.repeat(x, num_blocks) for x in (shard, begin, end, begin // size))
-        block += _counted(num_blocks)
-        first = np.maximum(block * size, begin)
-        return shard, first, np.minimum((block + 1) * size, end) - first
+    def _by_lane(self, source: IntArray, number: IntArray) -> IntArray:
+        """The batch's positions as its rows list them: by lane, whichever source they come from."""
+        lane = np.empty_like(number)
+        for s, lanes in enumerate(self._sources):
+            mine = source == s
+            lane[mine] = lanes.lane(number[mine])
+        return np.argsort(lane, kind="stable")
 
 
 def evaluation_slice(
@@ -184,18 +140,3 @@ def evaluation_slice(
     counts = number < stop
     last_real = min(max(stop - 1, start), num_samples - 1)
     return np.minimum(number, last_real).reshape(batches, batch), counts.reshape(batches, batch)
-
-
-def _counted(counts: IntArray) -> IntArray:
-    """0..n-1 for each n of `counts`, one after another."""
-    ends = np.cumsum(counts)
-    return np.arange(ends[-1], dtype=np.int64) - np.repeat(ends - counts, counts)
-
-
-def _runs(*keys: IntArray) -> list[slice]:
-    """Slices over which all keys stay the same."""
-    changed = np.zeros(len(keys[0]) - 1, dtype=np.bool_)
-    for key in keys:
-        changed |= key[1:] != key[:-1]
-    edges = [0, *(np.flatnonzero(changed) + 1).tolist(), len(keys[0])]
-    return [slice(a, b) for a, b in pairwise(edges)]

@@ -35,14 +35,14 @@ class Stage(Protocol):
 
 
 class Policy:
-    """The stages of a config, drawn by (seed, epoch, sample): the same on any rank, thread or restart."""
+    """The stages of a config, drawn by (seed, epoch, sample, repeat): the same on any rank, thread or restart."""
 
     def __init__(self, config: AugmentConfig, model: ModelConfig, interpolation: str, seed: int) -> None:
         self._stages, self._seed = _stages(config, model, pil.RESAMPLING[interpolation]), seed
         self.num_draws = sum(stage.num_draws for stage in self._stages)
 
     def draws(self, low: IntArray, high: IntArray, epoch: IntArray) -> FloatArray:
-        """float64 [n, num_draws] in [0, 1) for samples by epoch and the two words of their number."""
+        """float64 [n, num_draws] in [0, 1) for samples by epoch and the two words of number and repeat."""
         if self.num_draws == 0:
             return np.empty((len(low), 0))
         return uniform(self._seed, Stream.POLICY, self.num_draws, low, high, epoch)

@@ -53,7 +53,7 @@ def export(run: Path, form: str, which: str, out: Path | None, no_verify: bool) 
         "checkpoint": found.path.name,
         "step": found.step,
         "metrics": dict(found.metrics),
-        "trained_on": config.data.train.shards,
+        "trained_on": "::".join(config.data.train.patterns),
         "init_from": config.init.source if config.init else None,
         "code": code_facts(),
     }

@@ -91,6 +91,14 @@ def test_draws_depend_on_epoch_and_sample_alone():
     ).all()
 
 
+def test_copies_of_a_sample_have_draws_of_their_own_and_the_first_those_of_a_lone_one():
+    view = TrainView(AugmentConfig(), MODEL, "bilinear", seed=3)
+    epoch, sample = np.array([2, 2, 2, 2]), np.array([5, 5, 2**40 + 5, 2**40 + 5])
+    copies = view.draws(epoch, sample, np.array([0, 255, 0, 255]))
+    np.testing.assert_array_equal(copies[[0, 2]], view.draws(epoch[[0, 2]], sample[[0, 2]]))
+    assert len({tuple(row) for row in copies}) == 4
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_a_training_view_is_torchvisions_crop_and_resize(interpolation):
     view = TrainView(AugmentConfig(hflip=False), MODEL, interpolation, seed=0)

@@ -7,17 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from made import picture, sample_members, setting, write_tar
 from PIL import Image
 
 from pretrain.batch import Batch
-from pretrain.data import Dataset, open_dataset
+from pretrain.config import TrainSourceConfig
+from pretrain.data import Dataset, open_dataset, open_training
 from pretrain.data.augment import EvalView, TrainView
 from pretrain.data.decode import decode
 from pretrain.data.loader import EvalLoader, TrainLoader
-from pretrain.data.order import Order
 from pretrain.data.read import LocalReader
 from pretrain.data.scan import index_folder
+from pretrain.data.state import planned_order
 from pretrain.errors import DataError
 
 BATCH = 12
@@ -101,6 +104,61 @@ def test_a_restart_at_a_step_equals_going_on(train_set, reference):
     assert_equal(global_batches(train_set, 3, 6, first=17, decode_threads=2), reference[17:23])
 
 
+MIX = {"mix": ({"name": "a", "weight": 3}, {"name": "b", "weight": 1})}
+
+
+@pytest.fixture(scope="module")
+def mixed(digits: Path) -> Iterator[tuple[Dataset, dict[str, object], list[Batch]]]:
+    """The training digits as two sources, the options that mix and repeat them, and 40 steps: epochs of both."""
+    patterns = ("train-{000000..000003}.tar", "train-000004.tar")
+    sources = zip(MIX["mix"], patterns, strict=True)
+    train = {"mix": tuple(source | {"shards": f"{digits}/train/{name}"} for source, name in sources)}
+    dataset = open_training(TrainSourceConfig.model_validate(train))
+    options = {"train": train, "augment": {"repeats": 2}}
+    return dataset, options, global_batches(dataset, 1, 40, decode_threads=0, **options)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    steps=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    worlds=st.lists(st.integers(1, 8), min_size=4, max_size=4),
+    threads=st.integers(0, 3),
+    micro_batch=st.none() | st.integers(1, 6),
+    prefetch=st.integers(1, 3),
+    first=st.integers(0, 20),
+)
+@pytest.mark.parametrize("kind", ["plain", "mixed and repeated"])
+def test_stops_and_other_topologies_change_no_sample(
+    train_set, reference, mixed, kind, steps, worlds, threads, micro_batch, prefetch, first
+):
+    """Begin anywhere, stop and go on at any steps, each time with another world, threads and accumulation."""
+    dataset, options, whole = mixed if kind != "plain" else (train_set, {}, reference)
+    at = first
+    for count, world in zip(steps, worlds, strict=False):
+        count = min(count, len(whole) - at)
+        batches = global_batches(
+            dataset, world, count, first=at,
+            decode_threads=threads, micro_batch=micro_batch, prefetch_steps=prefetch, **options,
+        )  # fmt: skip
+        assert_equal(batches, whole[at : at + count])
+        at += count
+
+
+def test_the_copies_of_a_sample_are_other_views_of_the_same_picture(mixed):
+    dataset, options, whole = mixed
+    for batch in whole[:10]:
+        images, labels = batch.images.unflatten(0, (2, BATCH // 2)), batch.labels.view(2, BATCH // 2)
+        assert torch.equal(labels[0], labels[1])
+        differ = (images[0] != images[1]).flatten(1).any(1)
+        assert differ.float().mean() > 0.5
+    alike = global_batches(
+        dataset, 1, 3, **options | {"augment": {"repeats": 2, "crop": "resize", "hflip": False}}
+    )
+    for batch in alike:
+        images = batch.images.unflatten(0, (2, BATCH // 2))
+        assert torch.equal(images[0], images[1])
+
+
 def test_every_rank_and_step_has_the_planned_shape(train_set):
     made = setting(train_set, 5, micro_batch=2)
     assert (made.plan.accumulation, made.plan.micro_batch) == (2, 2)
@@ -127,17 +185,10 @@ def test_a_row_is_its_samples_view_drawn_by_its_number_in_the_data_set(train_set
     """The whole way, stage by stage: order, read, decode, draws, view."""
     made = setting(train_set)
     [batch] = global_batches(train_set, 1, 1, first=30)
-    order = Order(
-        train_set.shard_samples,
-        seed=5,
-        global_batch=BATCH,
-        lanes=made.plan.lanes,
-        block_samples=made.plan.block_samples,
-        window_blocks=made.plan.window_blocks,
-    )
+    order = planned_order(train_set, made.plan, 5)
     view = TrainView(made.config.data.augment, made.config.model, "bilinear", seed=5)
     rows = order.batch(30)
-    draws = view.draws(rows.epoch, train_set.starts[rows.shard] + rows.sample)
+    draws = view.draws(rows.epoch, train_set.starts[rows.shard] + rows.sample, rows.repeat)
     assert len(np.unique(rows.epoch)) == 1
     assert rows.epoch[0] > 0
     for i, sample in enumerate(LocalReader(train_set, 1).read(rows.shard, rows.sample)):

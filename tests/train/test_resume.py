@@ -15,7 +15,8 @@ from ranks import RankError, Ranks, on_ranks
 
 from pretrain.checkpoint import read_manifest
 from pretrain.checkpoint.load import open_weights
-from pretrain.config import Config
+from pretrain.config import Config, TrainSourceConfig
+from pretrain.data import open_training
 from pretrain.errors import UserError
 from pretrain.stage import agree, run_stage
 from pretrain.stop import StopFlag
@@ -114,10 +115,26 @@ def test_resume_equals_uninterrupted_bit_for_bit(digits: Path, tmp_path: Path) -
         assert manifests[0].files == manifests[1].files  # moments too: the same bytes
 
 
+def mixed(run: Path, shards: Path, stage: int = 1) -> Config:
+    """Two sources by weight, each sample twice in its batch."""
+    sources = zip("ab", ("train-{000000..000001}.tar", "train-000002.tar"), (0.75, 0.25), strict=True)
+    mix = [
+        {"name": name, "shards": f"{shards}/train/{part}", "weight": weight} for name, part, weight in sources
+    ]
+    return config(
+        run, shards, stage,
+        data={
+            "train": {"mix": tuple(mix)}, "augment": {"repeats": 2},
+            "val": {"shards": str(shards / "val")}, "decode_threads": 1,
+        },
+    )  # fmt: skip
+
+
 def test_fewer_or_more_ranks_go_on_with_the_same_samples_and_losses(digits: Path, tmp_path: Path) -> None:
-    golden = config(tmp_path / "golden", digits)
+    """Also where sources are mixed and samples repeated."""
+    golden = mixed(tmp_path / "golden", digits)
     on_ranks(2, train, golden)
-    moved = config(tmp_path / "moved", digits, stage=3)
+    moved = mixed(tmp_path / "moved", digits, stage=3)
     for world, stop_after, stage in ((2, 3, 3), (1, 2, 1), (3, 10**9, 2)):
         cfg = moved.model_copy(update={"engine": moved.engine.model_copy(update={"zero_stage": stage})})
         on_ranks(world, train, cfg, stop_after)
@@ -125,6 +142,13 @@ def test_fewer_or_more_ranks_go_on_with_the_same_samples_and_losses(digits: Path
     assert got.keys() == expected.keys()
     for key, value in expected.items():
         assert got[key] == pytest.approx(value, abs=1e-5), key
+    state = read_manifest(open_weights(Path(moved.run.dir)).path).data
+    assert state["samples_seen"] == 22 * TOTAL
+    (_, _, first), (_, _, second) = state["sources"]
+    assert first + second == 11 * TOTAL
+    shards = open_training(moved.data.train).source_samples
+    assert got["data/epoch/a", TOTAL] == pytest.approx(first / shards[0])
+    assert got["data/epoch/b", TOTAL] == pytest.approx(second / shards[1])
 
 
 def killed(ranks: Ranks, cfg: Config, step: int) -> None:
@@ -159,7 +183,9 @@ def test_a_killed_run_ends_with_the_same_weights_and_metrics(digits: Path, tmp_p
 def test_another_data_set_is_refused_with_both_digests(digits: Path, tmp_path: Path) -> None:
     cfg = config(tmp_path / "run", digits)
     on_ranks(1, train, cfg, 3)
-    other = cfg.model_copy(update={"data": cfg.data.model_copy(update={"train": cfg.data.val})})
+    other = cfg.model_copy(
+        update={"data": cfg.data.model_copy(update={"train": TrainSourceConfig(shards=str(digits / "val"))})}
+    )
     with pytest.raises(RankError, match=r"was trained on the data set [0-9a-f]{64}.* is [0-9a-f]{64}"):
         on_ranks(1, train, other)
 
