@@ -38,3 +38,14 @@ def test_the_benchmark_of_the_shard_tools_prints_all_of_them() -> None:
     assert done.returncode == 0, done.stderr
     for command in ("pack", "pack --longest-side 256", "index --verify", "verify", "verify --fast"):
         assert f"│ {command} " in done.stdout
+
+
+def test_the_order_benchmark_seeks_on_one_rank_and_on_many() -> None:
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "order.py"), "--shards", "40", "--rounds", "1", "--step", "1000"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "400,000 samples in 40 shards" in done.stdout
+    for row in ("one rank of 4,096", "a lone rank, all lanes", "two sources 3 : 1"):
+        assert row in done.stdout

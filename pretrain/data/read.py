@@ -88,7 +88,7 @@ class _OpenShard:
         self._path = path
         self._index = _load_index(path, stated)
         self._start = self._index.table["offset"].astype(np.int64) * BLOCK
-        self._length = self._index.table["length"].astype(np.int64)
+        self._length = self._index.table["length"]
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
