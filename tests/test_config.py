@@ -196,6 +196,46 @@ def test_settings_that_contradict_each_other_are_refused(override: str, message:
     assert any(re.search(message, line) for line in lines)
 
 
+MIX = "data.train={mix: [{name: a, shards: d/a, weight: 3}, {name: %s, shards: d/b, weight: %s}]}"
+
+
+def test_a_mixture_is_read_with_its_weights_as_whole_numbers() -> None:
+    train = read(SMALLEST, MIX % ("b", "0.5")).data.train
+    assert (train.names, train.ratios, train.patterns) == (("a", "b"), (6, 1), ("d/a", "d/b"))
+    alone = read().data.train
+    assert (alone.names, alone.ratios, alone.patterns) == (("train",), (1,), ("data/train",))
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "message"),
+    [
+        ("a", "1", "two sources of mix are named a"),
+        ("../b", "1", r"data\.train\.mix\.1\.name: must be .* pattern"),
+        ("b", "0", r"data\.train\.mix\.1\.weight: must be greater than 0"),
+        ("b", "1.00001", "more than 65,536; give round ones, such as 3 : 1"),
+        (
+            "b",
+            "1, wieght: 2",
+            r"wieght: unknown key \(did you mean weight\?\); allowed here: name, shards, weight",
+        ),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused(name: str, weight: str, message: str) -> None:
+    (line,) = mistakes(SMALLEST, MIX % (name, weight))
+    assert re.search(message, line)
+
+
+def test_training_data_is_one_folder_or_several_sources() -> None:
+    for train in (
+        "{}",
+        "{shards: x, mix: [{name: a, shards: a, weight: 1}, {name: b, shards: b, weight: 1}]}",
+    ):
+        (line,) = mistakes(SMALLEST, f"data.train={train}")
+        assert "data.train: give exactly one of shards, mix" in line
+    (line,) = mistakes(SMALLEST, "data.train={mix: [{name: a, shards: a, weight: 1}]}")
+    assert "mix is a list of 2 to 16 sources; given: 1" in line
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_a_published_size_fills_the_shape(name: str) -> None:
     model = read(SMALLEST, f"model.size={name}").model
@@ -284,6 +324,12 @@ def test_a_change_of_what_is_computed_is_named(override: str) -> None:
     key, value = override.split("=")
     assert any(c.key == key and re.fullmatch(rf"{key}: .* -> '?{value}'?", c.words) for c in changes)
     assert refused(changes, allowed=[key]) == [c.words for c in changes]  # no option lets these change
+
+
+def test_a_change_of_a_mixture_is_named_by_its_source() -> None:
+    before, now = (read(SMALLEST, MIX % ("b", weight)) for weight in ("1", "2"))
+    assert [change.words for change in changed_keys(before, now)] == ["data.train.mix.1.weight: 1.0 -> 2.0"]
+    assert refused(changed_keys(before, now), ["data"])
 
 
 def test_other_changes_are_refused_until_they_are_allowed() -> None:

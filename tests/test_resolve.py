@@ -121,6 +121,14 @@ def test_lanes_are_the_largest_divisor_of_the_batch_up_to_256(batch: int, lanes:
     assert plan(f"train.global_batch={batch}").lanes == lanes
 
 
+def test_repeats_divide_the_batch_and_lanes_what_is_left() -> None:
+    assert plan("data.augment.repeats=4").lanes == 16
+    with pytest.raises(ConfigError, match=r"data\.augment\.repeats 3 does not divide train\.global_batch 64"):
+        plan("data.augment.repeats=3")
+    with pytest.raises(ConfigError, match=r"lanes 32 does not divide train\.global_batch 64 / .*repeats 4"):
+        plan("data.augment.repeats=4", "data.lanes=32")
+
+
 def test_given_lanes_divide_the_batch() -> None:
     assert plan("data.lanes=16").lanes == 16
     with pytest.raises(ConfigError, match=r"data\.lanes 7 does not divide train\.global_batch 64"):

@@ -88,7 +88,11 @@ def changed_keys(before: Config, now: Config) -> list[Refused]:
 
 
 def flatten(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted key; sections in a list are counted from 0: `data.train.mix.0.weight`."""
+
     def walk(prefix: str, value: Any) -> dict[str, Any]:
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            value = {str(number): item for number, item in enumerate(value)}
         if not isinstance(value, dict):
             return {prefix: value}
         return {
