@@ -59,7 +59,7 @@ class Lanes:
         number, lane = np.divmod(j, self.lanes)
         shard, sample = np.empty_like(positions), np.empty_like(positions)
         by_lane = np.lexsort((number, lane, epoch))
-        for run in runs(epoch[by_lane], lane[by_lane]):
+        for run in _runs(epoch[by_lane], lane[by_lane]):
             rows = by_lane[run]
             place = self._lane(int(epoch[rows[0]]), int(lane[rows[0]]))
             shard[rows], sample[rows] = place.at(number[rows])
@@ -118,7 +118,7 @@ class _Lane:
         windows = self._window_of(numbers)
         if windows[0] == windows[-1]:
             return self._in_window(int(windows[0]), numbers)
-        parts = [self._in_window(int(windows[run.start]), numbers[run]) for run in runs(windows)]
+        parts = [self._in_window(int(windows[run.start]), numbers[run]) for run in _runs(windows)]
         return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
     def _place_gaps(self, num_blocks: IntArray) -> None:
@@ -164,7 +164,7 @@ class _Lane:
         begin = np.maximum(in_shard * size, self._begin[piece])
         count = np.minimum((in_shard + 1) * size, self._end[piece]) - begin
         shard = np.repeat(self._shard[piece], count)
-        sample = np.repeat(begin, count) + counted(count)
+        sample = np.repeat(begin, count) + _counted(count)
         permuted = permutation(source.seed, Stream.SAMPLES, len(shard), self._epoch, self._key, window)
         return shard[permuted], sample[permuted]
 
@@ -176,13 +176,13 @@ def _span(num_samples: int, lanes: int, lane: int) -> tuple[int, int]:
     return start, start + size + (lane < longer)
 
 
-def counted(counts: IntArray) -> IntArray:
+def _counted(counts: IntArray) -> IntArray:
     """0..n-1 for each n of `counts`, one after another."""
     ends = np.cumsum(counts)
     return np.arange(ends[-1], dtype=np.int64) - np.repeat(ends - counts, counts)
 
 
-def runs(*keys: IntArray) -> list[slice]:
+def _runs(*keys: IntArray) -> list[slice]:
     """Slices over which all keys stay the same."""
     changed = np.zeros(len(keys[0]) - 1, dtype=np.bool_)
     for key in keys:

@@ -21,23 +21,27 @@ MIN_BLOCK = 1024
 
 
 class Mix:
-    """ratios: positive whole numbers, the positions of each source among any sum(ratios)."""
+    """A mixture of sources. Not thread-safe: it keeps the blocks that it was last asked for."""
 
     def __init__(self, ratios: Sequence[int], seed: int) -> None:
+        """ratios: positive whole numbers; of the positions of a block each source has its part."""
         self._seed = seed
         self._ratios = np.asarray(ratios, dtype=np.int64)
         self._share = self._ratios * -(-MIN_BLOCK // int(self._ratios.sum()))
         self._base = np.repeat(np.arange(len(ratios)), self._share)
+        self._kept: tuple[range, IntArray, IntArray] | None = None
 
     def deal(self, first: int, count: int) -> tuple[IntArray, IntArray]:
         """Source of each position first..first+count-1, and its number among the positions of that source."""
         if len(self._ratios) == 1:
             return np.zeros(count, dtype=np.int64), np.arange(first, first + count)
         size = len(self._base)
-        start, stop = first // size, (first + count - 1) // size + 1
-        source, number = self._blocks(np.arange(start, stop))
-        here = slice(first - start * size, first - start * size + count)
-        return source.ravel()[here], number.ravel()[here]
+        blocks = range(first // size, (first + count - 1) // size + 1)
+        if self._kept is None or self._kept[0] != blocks:
+            source, number = self._blocks(np.array(blocks))
+            self._kept = blocks, source.ravel(), number.ravel()
+        begin = first - blocks.start * size
+        return self._kept[1][begin : begin + count], self._kept[2][begin : begin + count]
 
     def before(self, position: int) -> IntArray:
         """How many positions before this one each source has: int64 [sources]."""

@@ -56,6 +56,20 @@ def test_neighbours_of_an_even_mixture_are_of_one_source_half_of_the_time():
     assert abs((source[0::2] == source[1::2]).mean() - 0.5) < 0.02
 
 
+def test_what_a_mixture_was_asked_before_never_shows():
+    mix = Mix([3, 1], seed=0)
+    for first, count in ((0, 10), (5, 2000), (1020, 8), (2**40, 3), (0, 10), (1024, 1)):
+        for ours, fresh in zip(mix.deal(first, count), Mix([3, 1], seed=0).deal(first, count), strict=True):
+            np.testing.assert_array_equal(ours, fresh)
+
+
+def test_a_mixture_is_pinned():
+    """It is part of a run's identity: a change here breaks every resume, and must be a new version of the order."""
+    source, number = Mix([3, 1], seed=1).deal(5000, 16)
+    assert source.tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 1, 0, 0, 0]
+    assert number[:4].tolist() == [1254, 1255, 3746, 3747]
+
+
 @pytest.mark.parametrize(
     ("weights", "ratios"),
     [
