@@ -53,7 +53,7 @@ def test_ten_mistakes_are_named_at_once(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(TEN_MISTAKES)
     error = fails(2, tmp_path, str(path), code=2)
-    for line, key in ((1, "run.dir"), (1, "run.sed"), (3, "data.train.shard"), (3, "data.train.shards"),
+    for line, key in ((1, "run.dir"), (1, "run.sed"), (3, "data.train.shard"),
                       (4, "data.augment.crop"), (5, "model.size"), (5, "model.img_size"), (5, "model.num_classes"),
                       (6, "optim.lr"), (6, "optim.warmup_steps"), (7, "train.global_batch")):  # fmt: skip
         assert f"bad.yaml:{line}: {key}" in error
