@@ -92,11 +92,12 @@ def test_draws_depend_on_epoch_and_sample_alone():
 
 
 def test_copies_of_a_sample_have_draws_of_their_own_and_the_first_those_of_a_lone_one():
-    view = TrainView(AugmentConfig(), MODEL, "bilinear", seed=3)
+    view = TrainView(AugmentConfig(three_augment=True), MODEL, "bilinear", seed=3)
     epoch, sample = np.array([2, 2, 2, 2]), np.array([5, 5, 2**40 + 5, 2**40 + 5])
     copies = view.draws(epoch, sample, np.array([0, 255, 0, 255]))
     np.testing.assert_array_equal(copies[[0, 2]], view.draws(epoch[[0, 2]], sample[[0, 2]]))
-    assert len({tuple(row) for row in copies}) == 4
+    for draws in (copies[:, :NUM_DRAWS], copies[:, NUM_DRAWS:]):  # of crop and flip, and of the policy
+        assert len({tuple(row) for row in draws}) == 4
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
