@@ -106,7 +106,7 @@ def write_shard(tar: Path, count: int, sha256: str, real: set[int]) -> str:
             file.seek(number * len(data))
             file.write(data)
         file.truncate((count * SAMPLE_BLOCKS + 2) * BLOCK)
-    content = ShardIndex(table, (count * SAMPLE_BLOCKS + 2) * BLOCK, sha256).to_bytes()
+    content = ShardIndex(table, (count * SAMPLE_BLOCKS + 2) * BLOCK, sha256, (7, 7)).to_bytes()
     index_path(tar).write_bytes(content)
     return hashlib.sha256(content).hexdigest()
 
