@@ -365,6 +365,7 @@ def test_every_key_that_may_change_exists() -> None:
         (["objective.mix_prob=0.5"], ["objective.mix_prob"]),
         (["objective.mixup_alpha=0.2", "objective.mix_switch_prob=0.1"], ["objective.mix_switch_prob"]),
         (["data.decode_threads=0", "data.prefetch_steps=5"], ["data.prefetch_steps"]),
+        (["data.decode_threads=0", "data.workers=processes"], ["data.workers"]),
         (["train.eval_every_steps=5", "data.val_crop=0.9"], ["data.val_crop", "train.eval_every_steps"]),
         (["data.val.shards=x", "train.eval_every_steps=5", "data.val_crop=0.9"], []),
         (["model.global_pool=avg", "model.pos_embed_order=pe_then_cls"], ["model.pos_embed_order"]),

@@ -42,7 +42,8 @@ def _idle(config: Config) -> Iterator[_Idle]:
             "data.augment.color_jitter", jitter, ("saturation", "hue"), "model.in_chans is 1: no colour"
         )
     if data.decode_threads == 0:
-        yield _Idle("data", data, ("prefetch_steps",), "data.decode_threads is 0: nothing is decoded ahead")
+        reason = "data.decode_threads is 0: nothing is decoded ahead"
+        yield _Idle("data", data, ("prefetch_steps", "workers"), reason)
     if data.val is None:
         yield _Idle("data", data, ("val_crop",), "there is no data.val")
         yield _Idle("train", config.train, ("eval_every_steps",), "there is no data.val")

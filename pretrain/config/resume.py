@@ -17,6 +17,7 @@ MAY_CHANGE = (
     "engine.checkpoint_every_blocks",
     "engine.timeout_seconds",
     "data.decode_threads",
+    "data.workers",
     "data.prefetch_steps",
     "checkpoint",
     "tracking",

@@ -225,6 +225,10 @@ class DataConfig(Section):
         "auto",
         description="threads that decode beside the training step; auto: the rank's share of the job's cores; 0: none",
     )
+    workers: Literal["threads", "processes"] = Field(
+        "threads",
+        description="where those threads run: beside the training loop, or in one process of their own for each rank",
+    )
     prefetch_steps: Positive = Field(2, description="steps that are decoded ahead")
     max_pixels: Positive = Field(89_478_485, description="an image whose header says more is refused unread")
     lanes: Annotated[int, Field(ge=1, lt=2**20)] | None = Field(

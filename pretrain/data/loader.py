@@ -6,10 +6,9 @@
     4  augment   decode threads        a view, written to its row of the batch    nothing: draws are keyed by sample
     5  queue     the caller's thread   `prefetch_steps` steps under way           batches that nobody has seen
 
-Stages 2 to 4 are `fill`; the memory of a batch comes from a ring (`buffers`) and is written once, by stage 4.
-
-A restart needs the number of the next step and nothing else. With `decode_threads: 0` stages 2 to 4 run in the caller
-and nothing is prefetched; the batches are the same.
+Stages 2 to 4 are `fill`, `workers` has the threads (in this process or in one of their own), and `buffers` lends the memory
+of batches. A restart needs the number of the next step and nothing else. With `decode_threads: 0` stages 2 to 4 run in
+the caller and nothing is prefetched; the batches are the same.
 """
 
 import time
@@ -17,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -29,9 +29,10 @@ from pretrain.config import DataConfig, ModelConfig, Plan
 from pretrain.data.augment import EvalView, TrainView
 from pretrain.data.buffers import Ring
 from pretrain.data.dataset import Dataset
-from pretrain.data.fill import Filler, Workers
+from pretrain.data.fill import Filler
 from pretrain.data.order import Rows, evaluation_slice
 from pretrain.data.state import planned_order
+from pretrain.data.workers import make_workers
 from pretrain.draws import IntArray
 from pretrain.hardware import cores_given
 
@@ -74,9 +75,14 @@ class _Loader:
         num_threads = cores_given() if data.decode_threads == "auto" else data.decode_threads
         self._ahead = ahead if num_threads else 0
         self._pinned = plan.device == "cuda"
-        shape = plan.micro_batch, *model.img_size, model.in_chans
-        self._ring = Ring(shape, pinned=self._pinned, keep=(data.prefetch_steps + 2) * plan.accumulation)
-        self._workers = Workers(Filler(dataset, data, model, plan, view), num_threads)
+        shape = (*model.img_size, model.in_chans)
+        self._ring = Ring(
+            (plan.micro_batch, *shape),
+            pinned=self._pinned,
+            keep=(data.prefetch_steps + 2) * plan.accumulation,
+        )
+        make_filler = partial(Filler, dataset, data, model, plan, view)
+        self._workers = make_workers(data.workers, make_filler, num_threads, shape)
         self.wait_seconds = 0.0
         """Time that the consumer has waited for data, since the loader was made."""
 

@@ -1,0 +1,172 @@
+"""A process of its own for the decode threads: the same batches, and it ends as it should, whoever dies."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from made import picture, sample_members, setting, write_tar
+
+from pretrain.batch import Batch
+from pretrain.data import Dataset, open_dataset
+from pretrain.data.loader import EvalLoader, TrainLoader
+from pretrain.data.scan import index_folder
+from pretrain.errors import DataError
+
+
+def train_loader(dataset: Dataset, rank: int = 0, world_size: int = 1, **options: object) -> TrainLoader:
+    made = setting(dataset, world_size, **({"workers": "processes", "decode_threads": 2} | options))
+    return TrainLoader(dataset, made.config.data, made.config.model, made.plan, seed=5, rank=rank)
+
+
+def assert_same(ours: Batch, theirs: Batch) -> None:
+    for name in ("images", "labels", "weights", "positions"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+@pytest.mark.parametrize("world_size", [1, 5])
+def test_a_process_gives_the_batches_that_threads_give(train_set, world_size):
+    """40 rows a rank: jobs of 16 and a rest; with 5 ranks, padding too."""
+    options = {"batch": 41 * world_size - 1, "micro_batch": 21}
+    rank = world_size - 1
+    with (
+        train_loader(train_set, rank, world_size, **options) as ours,
+        train_loader(train_set, rank, world_size, **options, workers="threads") as theirs,
+    ):
+        for mine, expected in islice(zip(ours.steps(3), theirs.steps(3), strict=True), 8):
+            for pair in zip(mine, expected, strict=True):
+                assert_same(*pair)
+        assert ours.wait_seconds > 0
+
+
+def test_evaluation_may_run_in_a_process_again_and_again(val_set):
+    made = setting(val_set, workers="processes", decode_threads=2, micro_batch=5)
+    with EvalLoader(val_set, made.config.data, made.config.model, made.plan, rank=0) as loader:
+        first, second = list(loader), list(loader)
+    for pair in zip(first, second, strict=True):
+        assert_same(*pair)
+    assert sum(float(batch.weights.sum()) for batch in first) == len(val_set)
+
+
+def two_samples(folder: Path, second: bytes) -> Dataset:
+    write_tar(folder / "a.tar", sample_members("x", 0) + sample_members("y", 1, second))
+    index_folder(folder)
+    return open_dataset(str(folder))
+
+
+def test_bytes_that_changed_come_back_as_the_error_that_threads_would_raise(copied):
+    folder = copied()
+    dataset = open_dataset(str(folder))
+    for tar in folder.glob("*.tar"):
+        content = bytearray(tar.read_bytes())
+        content[600] ^= 1
+        tar.write_bytes(content)
+    with (
+        train_loader(dataset) as loader,
+        pytest.raises(DataError, match=r"sample 0: its bytes are not those"),
+    ):
+        list(islice(loader.steps(0), 30))
+    assert not multiprocessing.active_children()
+
+
+def test_a_bug_comes_back_with_its_traceback(train_set):
+    made = setting(train_set, workers="processes", decode_threads=1)
+    broken = made.config.data.model_copy(update={"interpolation": "no such kernel"})
+    with (
+        TrainLoader(train_set, broken, made.config.model, made.plan, seed=0, rank=0) as loader,
+        pytest.raises(RuntimeError, match=r"in the process that decodes:\n(.*\n)+KeyError: 'no such kernel'"),
+    ):
+        next(loader.steps(0))
+
+
+def test_a_killed_process_is_an_error_that_says_so_and_nobody_hangs(train_set):
+    with train_loader(train_set) as loader:
+        steps = loader.steps(0)
+        next(steps)
+        [child] = multiprocessing.active_children()
+        os.kill(child.pid, signal.SIGKILL)
+        with pytest.raises(DataError, match="ended with code -9"):
+            list(islice(steps, 20))
+        with pytest.raises(DataError, match="ended with code -9"):
+            next(loader.steps(0))
+
+
+def test_signals_that_reach_the_whole_group_are_left_to_the_parent(train_set):
+    with train_loader(train_set) as loader:
+        steps = loader.steps(0)
+        next(steps)
+        [child] = multiprocessing.active_children()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(child.pid, number)
+        time.sleep(0.2)
+        assert len(list(islice(steps, 10))) == 10
+    assert not multiprocessing.active_children()
+
+
+SCRIPT = """
+import multiprocessing, sys, time
+from pretrain.config import Config, resolve
+from pretrain.config.plan import Hardware
+from pretrain.data import facts, open_dataset
+from pretrain.data.loader import TrainLoader
+
+if __name__ == "__main__":
+    dataset = open_dataset(sys.argv[1])
+    config = Config.model_validate({
+        "run": {"dir": "unused"},
+        "data": {"train": {"shards": sys.argv[1]}, "workers": "processes", "decode_threads": 1},
+        "model": {"size": "Ti", "img_size": (8, 8), "patch_size": (4, 4), "num_classes": 10, "in_chans": 1},
+        "optim": {"lr": 1e-3}, "train": {"global_batch": 12, "total_steps": 100},
+    })
+    plan = resolve(config, 1, facts(dataset, None), Hardware("cpu", "test", False))
+    loader = TrainLoader(dataset, config.data, config.model, plan, seed=0, rank=0)
+    next(loader.steps(0))
+    print(multiprocessing.active_children()[0].pid, flush=True)
+    if sys.argv[2] == "wait":
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("end", ["killed", "returns"])
+def test_the_process_is_gone_when_its_parent_is(tmp_path, train_set, end):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    parent = subprocess.Popen(
+        [sys.executable, str(script), train_set.source, "wait" if end == "killed" else "return"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        if end == "killed":
+            parent.kill()
+        assert parent.wait(20) == (-signal.SIGKILL if end == "killed" else 0)
+    assert gone(child)
+
+
+def gone(pid: int) -> bool:
+    """Within some seconds; a zombie that nobody has waited for is gone too."""
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_picture_that_cannot_be_read_names_shard_and_key(tmp_path):
+    dataset = two_samples(tmp_path, picture(0)[:50])
+    with (
+        train_loader(dataset, batch=4) as loader,
+        pytest.raises(DataError, match=r"a\.tar, y: not decodable"),
+    ):
+        list(islice(loader.steps(0), 3))
