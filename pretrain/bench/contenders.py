@@ -1,0 +1,90 @@
+"""Who takes part: a name, what it needs, what kind of batch it hands over, and how its process makes it."""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pretrain.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders are given. paths: the tars, as listed; images: of a round; scratch: a folder for anything."""
+
+    paths: tuple[str, ...]
+    shards: str
+    size: int
+    batch: int
+    cores: int
+    images: int
+    scratch: str
+
+
+class Work(NamedTuple):
+    """What one `next` of a feed did: images, and seconds of named parts of it."""
+
+    images: int
+    parts: dict[str, float] = {}  # noqa: RUF012 - a named tuple's default
+
+
+Feed = Iterator[Work]
+
+
+class Contender(NamedTuple):
+    """target: module:function that makes a `Feed`; wire: what it hands over; needs: packages."""
+
+    target: str
+    wire: str
+    needs: tuple[str, ...] = ()
+    times: int = 1
+    """It gets so many times the cores of the others."""
+
+
+OURS, TWICE, OURS_FLOAT, STAGES, LOCK = "ours", "ours, twice the cores", "ours, normalised", "stages", "lock"
+
+CONTENDERS = {
+    OURS: Contender("ours:threads", "uint8"),
+    "ours, processes": Contender("ours:processes", "uint8"),
+    TWICE: Contender("ours:threads", "uint8", times=2),
+    STAGES: Contender("stages:stages", "parts"),
+    LOCK: Contender("stages:lock", "parts", times=2),
+    "webdataset, torchvision v2": Contender("peers:webdataset_v2", "uint8", ("torchvision", "webdataset")),
+    "timm's reader": Contender("peers:timm_uint8", "uint8", ("timm", "webdataset")),
+    "DALI": Contender("peers:dali_uint8", "uint8", ("nvidia.dali",)),
+    OURS_FLOAT: Contender("ours:normalised", "float32"),
+    "webdataset, torchvision on PIL": Contender("peers:webdataset_pil", "float32", ("torchvision", "webdataset")),
+    "timm's loader": Contender("peers:timm_float", "float32", ("timm", "webdataset")),
+    "DALI, normalised": Contender("peers:dali_float", "float32", ("nvidia.dali",)),
+}  # fmt: skip
+
+
+def chosen(peers: bool, only: tuple[str, ...], cores: int, usable: int) -> list[str]:
+    """Names of those that can take part on `usable` cores; raises `ConfigError` for an unknown one."""
+    unknown = [name for name in only if name not in CONTENDERS]
+    if unknown:
+        raise ConfigError(
+            f"--only {unknown[0]!r}: there is no such contender; one of: {', '.join(CONTENDERS)}"
+        )
+    return [
+        name
+        for name, contender in CONTENDERS.items()
+        if (name in only or not only)
+        and (peers or not contender.target.startswith("peers:"))
+        and cores * contender.times <= usable
+        and all(_is_installed(package) for package in contender.needs)
+    ]
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the package above it
+        return False
+
+
+def feed(name: str, setting: Setting) -> Feed:
+    """Make the feed of a contender; in its own process."""
+    module, function = CONTENDERS[name].target.split(":")
+    make: Callable[[Setting], Feed] = getattr(importlib.import_module(f"pretrain.bench.{module}"), function)
+    return make(setting)

@@ -1,0 +1,111 @@
+"""The tables of `pretrain bench data`."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from pretrain.bench.contenders import CONTENDERS, LOCK, OURS, OURS_FLOAT, STAGES, TWICE, Setting
+from pretrain.bench.rounds import Measured
+
+BY_NAME = dict[str, list[Measured]]
+_STAGES = ("read", "decode", "augment")
+_COMMON_RATE = 2000.0
+
+
+def show(measured: BY_NAME, setting: Setting, rate: float | None) -> None:
+    console = Console(width=120)
+    for wire, references in (("uint8", (OURS,)), ("float32", (OURS_FLOAT, OURS))):
+        console.print(_table(measured, wire, [name for name in references if name in measured], setting))
+    if STAGES in measured and OURS in measured:
+        console.print(_stages(measured))
+    for line in (*_scaling(measured), *_lock(measured, rate or _COMMON_RATE), *_cores(measured, rate)):
+        click.echo(line)
+
+
+def _table(measured: BY_NAME, wire: str, references: list[str], setting: Setting) -> Table:
+    """Like with like: those that hand over `wire`, as multiples of the references."""
+    rounds = max(map(len, measured.values()), default=0)
+    title = f"{wire}, {setting.size} px, batch {setting.batch}, {setting.cores} core(s); medians of {rounds} rounds"
+    columns = [f"CPU / {name}" for name in references]
+    table = Table("", "CPU ms / image", "images/s", *columns, title=title)
+    for name, found in measured.items():
+        if CONTENDERS[name].wire == wire:
+            ratios = (_ratios(found, measured[other], lambda m: m.cpu_ms) for other in references)
+            table.add_row(
+                name,
+                f"{_median(m.cpu_ms for m in found):.3f}",
+                f"{_median(m.images_per_second for m in found):,.0f}",
+                *(f"{_median(r):.2f} ({min(r):.2f} .. {max(r):.2f})" for r in ratios),
+            )
+    return table
+
+
+def _stages(measured: BY_NAME) -> Table:
+    """Of one thread; the rest is what the whole pipeline takes beyond its stages: order, queue, threads, hand-over."""
+    table = Table("stage", "CPU ms / image", "share", title="where it goes")
+    pairs = list(zip(measured[STAGES], measured[OURS], strict=True))
+    whole = _median(ours.cpu_ms for _, ours in pairs)
+    for name in _STAGES:
+        median = _median(_part_ms(stages, name) for stages, _ in pairs)
+        table.add_row(name, f"{median:.3f}", f"{median / whole:.0%}")
+    rest = _median(ours.cpu_ms - sum(_part_ms(stages, s) for s in _STAGES) for stages, ours in pairs)
+    table.add_row("order and hand-over", f"{rest:.3f}", f"{rest / whole:.0%}")
+    table.add_row("all", f"{whole:.3f}", "100%")
+    limit = [ours.cpu_ms / _part_ms(stages, "limit") for stages, ours in pairs]
+    table.add_row(
+        "limit: JPEG decode alone",
+        f"{_median(_part_ms(stages, 'limit') for stages, _ in pairs):.3f}",
+        f"all / limit {_median(limit):.2f}",
+    )
+    return table
+
+
+def _scaling(measured: BY_NAME) -> list[str]:
+    if TWICE not in measured or OURS not in measured:
+        return []
+    ratios = _ratios(measured[TWICE], measured[OURS], lambda m: m.images_per_second)
+    return [f"twice the cores: {_median(ratios):.2f}x the images/s ({min(ratios):.2f} .. {max(ratios):.2f})"]
+
+
+def _lock(measured: BY_NAME, rate: float) -> list[str]:
+    """What the loader costs a training loop that the interpreter keeps busy."""
+    lines = []
+    if STAGES in measured:
+        held = _median(
+            sum(_part_ms(m, s) for s in ("order", *_STAGES)) - _part_ms(m, "limit") - _part_ms(m, "kernel")
+            for m in measured[STAGES]
+        )
+        lines.append(f"interpreter lock: held for at most {held:.3f} ms of an image")
+    if LOCK in measured:
+        for kind in ("threads", "processes"):
+            stalls = [max(0.0, _part_ms(m, kind)) for m in measured[LOCK]]
+            lines.append(
+                f"  data.workers={kind}: a loop in Python waits {_median(stalls):.3f} ms an image for the lock "
+                f"({min(stalls):.3f} .. {max(stalls):.3f}): {_median(stalls) * rate / 10:.1f} % of its time at {rate:,.0f} images/s"
+            )
+    return lines
+
+
+def _cores(measured: BY_NAME, rate: float | None) -> list[str]:
+    if rate is None or OURS not in measured:
+        return []
+    cores = rate * _median(m.cpu_ms for m in measured[OURS]) / 1e3
+    return [
+        f"{rate:,.0f} images/s need {cores:.1f} cores for data: {math.ceil(cores)}, beside those of training"
+    ]
+
+
+def _part_ms(found: Measured, part: str) -> float:
+    return found.parts[part] / found.images * 1e3
+
+
+def _ratios(found: list[Measured], others: list[Measured], what: Callable[[Measured], float]) -> list[float]:
+    return [what(mine) / what(other) for mine, other in zip(found, others, strict=True)]
+
+
+def _median(values: Iterable[float]) -> float:
+    return statistics.median(values)

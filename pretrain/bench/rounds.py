@@ -1,0 +1,142 @@
+"""Contenders as processes that take turns: everybody else is stopped while one has its round.
+
+The process of a contender is `python -m pretrain.bench.rounds NAME SETTING`: it pins itself, warms up, and then, for each
+line that it is sent, works through the images of a round and answers with what that took.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import click
+
+from pretrain.bench.contenders import CONTENDERS, Feed, Setting, feed
+
+_SECONDS_TO_END = 10
+
+
+class Measured(NamedTuple):
+    """One round of one contender. cpu, wall: seconds; cpu is that of all of its processes and threads."""
+
+    images: int
+    cpu: float
+    wall: float
+    parts: dict[str, float]
+
+    @property
+    def cpu_ms(self) -> float:
+        """Milliseconds of an image."""
+        return self.cpu / self.images * 1e3
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.wall
+
+
+def interleaved(names: list[str], setting: Setting, rounds: int) -> dict[str, list[Measured]]:
+    """Rounds by contender, all equally many; one that fails is named on stderr and left out."""
+    measured: dict[str, list[Measured]] = {name: [] for name in names}
+    with ExitStack() as stack:
+        processes = {name: stack.enter_context(_Process(name, setting)) for name in names}
+        for turn in range(-1, rounds):  # the first is to warm up
+            running = list(processes)
+            start = turn % max(1, len(running))
+            for name in running[start:] + running[:start]:
+                try:
+                    found = processes[name].take_turn()
+                except (OSError, ValueError):
+                    click.echo(f"{name} did not run: {processes[name].last_words()}", err=True)
+                    processes.pop(name).close()
+                    del measured[name]
+                    continue
+                if turn >= 0:
+                    measured[name].append(found)
+    return measured
+
+
+class _Process:
+    """A contender, stopped but for its turns."""
+
+    def __init__(self, name: str, setting: Setting) -> None:
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - `close` closes it
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pretrain.bench.rounds", name, json.dumps(asdict(setting))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+            start_new_session=True,  # a group of its own, to stop it with its workers
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    def take_turn(self) -> Measured:
+        """Raises `OSError` or `ValueError` where the contender failed."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        os.killpg(self._process.pid, signal.SIGCONT)
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        answer = Measured(*json.loads(self._process.stdout.readline()))
+        os.killpg(self._process.pid, signal.SIGSTOP)
+        return answer
+
+    def last_words(self) -> str:
+        self._stderr.seek(0)
+        lines = self._stderr.read().strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.communicate(timeout=_SECONDS_TO_END)
+        self._stderr.close()
+
+    def __enter__(self) -> "_Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._stderr.closed:
+            self.close()
+
+
+def main(name: str, setting: Setting) -> None:
+    """The life of a contender's process; in the child."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints goes with its errors
+    cores = sorted(os.sched_getaffinity(0))[: setting.cores * CONTENDERS[name].times]
+    os.sched_setaffinity(0, cores)
+    mine = feed(name, setting)
+    for _ in sys.stdin:
+        answers.write(json.dumps(_round(mine, setting.images)) + "\n")
+        answers.flush()
+
+
+def _round(mine: Feed, images: int) -> Measured:
+    done, parts = 0, dict[str, float]()
+    cpu, began = _cpu_seconds(), time.perf_counter()
+    while done < images:
+        work = next(mine)
+        done += work.images
+        for name, seconds in work.parts.items():
+            parts[name] = parts.get(name, 0.0) + seconds
+    return Measured(done, _cpu_seconds() - cpu, time.perf_counter() - began, parts)
+
+
+def _cpu_seconds() -> float:
+    """Of this process and all below it."""
+    import psutil
+
+    children: list[Any] = psutil.Process().children(recursive=True)
+    return time.process_time() + sum(sum(child.cpu_times()[:2]) for child in children)
+
+
+if __name__ == "__main__":
+    given: dict[str, Any] = json.loads(sys.argv[2])
+    main(sys.argv[1], Setting(**given | {"paths": tuple(given["paths"])}))

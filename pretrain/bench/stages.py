@@ -1,0 +1,124 @@
+"""What an image costs stage by stage, and what that does to a training loop in the same interpreter."""
+
+import itertools
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+
+from pretrain.bench.contenders import Setting, Work
+from pretrain.bench.ours import loader, prepared
+from pretrain.data.augment import TrainView, crop, random_resized_box
+from pretrain.data.decode import decode
+from pretrain.data.order import Order
+from pretrain.data.read import LocalReader
+from pretrain.data.resize import resize
+
+_SCHEDSTAT = Path("/proc/thread-self/schedstat")
+_OPS_A_TURN = 200
+_SECONDS_ALONE = 0.2
+_SECONDS_TO_SETTLE = 0.2
+"""Until what is decoded ahead is decoded."""
+
+
+def stages(setting: Setting) -> Iterator[Work]:
+    """One thread: each stage on the same samples, and the parts of them that run without the interpreter's lock."""
+    torch.set_num_threads(1)
+    dataset, config, plan = prepared(setting)
+    order = Order(
+        dataset.shard_samples,
+        seed=0,
+        global_batch=plan.global_batch,
+        lanes=plan.lanes,
+        block_samples=plan.block_samples,
+        window_blocks=plan.window_blocks,
+    )
+    augment = config.data.augment
+    view = TrainView(augment, config.model, config.data.interpolation, seed=0)
+    reader = LocalReader(dataset, plan.block_samples)
+    out = np.empty((setting.size, setting.size, 3), np.uint8)
+    for step in itertools.count():
+        parts: dict[str, float] = defaultdict(float)
+        with _into(parts, "order"):
+            rows = order.batch(step)
+        with _into(parts, "read"):
+            samples = reader.read(rows.shard, rows.sample)
+        with _into(parts, "augment"):
+            draws = view.draws(rows.epoch, dataset.starts[rows.shard] + rows.sample)
+        for sample, drawn in zip(samples, draws, strict=True):
+            with _into(parts, "decode"):
+                pixels = decode(sample.image, 3, config.data.max_pixels)
+            with _into(parts, "augment"):
+                view.render(pixels, drawn, out)
+            with _into(parts, "limit"):
+                _raw(sample.image)
+            height, width, _ = pixels.shape
+            cut = crop(pixels, random_resized_box(height, width, augment.scale, augment.ratio, drawn))
+            with _into(parts, "kernel"):
+                resize(cut, out, config.data.interpolation)
+        yield Work(len(samples), parts)
+
+
+@contextmanager
+def _into(parts: dict[str, float], name: str) -> Iterator[None]:
+    """Add the CPU seconds of this thread to a part."""
+    began = time.thread_time()
+    yield
+    parts[name] += time.thread_time() - began
+
+
+def _raw(data: memoryview) -> Any:
+    """The limit: libjpeg-turbo on the file, whatever the picture is wanted for."""
+    return simplejpeg.decode_jpeg(data) if simplejpeg.is_jpeg(data) else decode(data, 3, 2**31)
+
+
+def lock(setting: Setting) -> Iterator[Work]:
+    """A loop that starts small tensor operations, as training does, while the loader works on another core.
+
+    Parts: seconds that the loop neither computed nor waited for a core, beside threads and beside a process, less what
+    it was so alone. They are spent waiting for the interpreter's lock.
+    """
+    torch.set_num_threads(1)
+    steps = {kind: iter(loader(setting, kind, setting.cores).steps(0)) for kind in ("threads", "processes")}
+    for kind in steps:
+        next(steps[kind])
+    tensor = torch.zeros(8)
+    while True:
+        time.sleep(_SECONDS_TO_SETTLE)
+        alone = _share_blocked(tensor, _SECONDS_ALONE)
+        parts = {}
+        for kind in steps:
+            time.sleep(_SECONDS_TO_SETTLE)
+            batches = next(steps[kind])
+            images = sum(map(len, batches))
+            blocked, computed = 0.0, 0.0
+            while computed < images * 1e-3 / setting.cores:  # about as long as the loader needs for a batch
+                turn = _turn(tensor)
+                blocked, computed = blocked + turn[0], computed + turn[1]
+            parts[kind] = blocked - alone * computed
+        yield Work(images, parts)
+
+
+def _share_blocked(tensor: torch.Tensor, seconds: float) -> float:
+    """Seconds blocked for each second of computing, without a loader at work."""
+    blocked, computed = 0.0, 0.0
+    while computed < seconds:
+        turn = _turn(tensor)
+        blocked, computed = blocked + turn[0], computed + turn[1]
+    return blocked / computed
+
+
+def _turn(tensor: torch.Tensor) -> tuple[float, float]:
+    """Seconds (blocked, computed) of some operations of this thread."""
+    began, before = time.perf_counter(), _SCHEDSTAT.read_text().split()
+    for _ in range(_OPS_A_TURN):
+        tensor.add_(1)
+    wall, after = time.perf_counter() - began, _SCHEDSTAT.read_text().split()
+    computed, queued = ((int(after[i]) - int(before[i])) / 1e9 for i in (0, 1))
+    return wall - computed - queued, computed

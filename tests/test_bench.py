@@ -1,0 +1,105 @@
+"""`pretrain bench data` runs on real shards and prints its tables; no test looks at a time."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from pretrain.bench.contenders import CONTENDERS, LOCK, OURS, OURS_FLOAT, STAGES, TWICE, Setting, chosen
+from pretrain.bench.report import show
+from pretrain.bench.rounds import Measured, interleaved
+from pretrain.data.pack import ShardSize, open_source, pack
+from pretrain.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """48 crops of a photograph as JPEG, in two shards."""
+    folder = tmp_path_factory.mktemp("photos")
+    photo, generator = load_sample_image("flower.jpg"), np.random.default_rng(0)
+    for number in range(48):
+        top, left = generator.integers(0, 300), generator.integers(0, 500)
+        path = folder / "images" / str(number % 3) / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with io.BytesIO() as file:
+            Image.fromarray(photo[top : top + 120, left : left + 140]).save(file, "JPEG", quality=90)
+            path.write_bytes(file.getvalue())
+    pack(open_source(folder / "images"), folder / "shards", val_share=0, size=ShardSize(2, 0), seed=0)
+    return folder / "shards" / "train"
+
+
+def bench(shards: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pretrain", "bench", "data", str(shards), "--size", "32", "--batch", "16", *arguments],
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+
+
+def test_the_pipeline_its_stages_and_its_cores_are_printed(shards):
+    done = bench(shards, "--rounds", "1", "--images", "32", "--rate", "1e6", "--only", OURS, "--only", STAGES)
+    assert done.returncode == 0, done.stderr
+    for words in ("uint8, 32 px", "where it goes", "read", "decode", "augment", "limit: JPEG decode alone"):
+        assert words in done.stdout
+    assert re.search(r"1,000,000 images/s need [\d.]+ cores", done.stdout)
+
+
+@pytest.mark.slow
+def test_everybody_who_is_installed_takes_part(shards):
+    done = bench(shards, "--rounds", "1", "--images", "32")
+    assert done.returncode == 0, done.stderr
+    assert "did not run" not in done.stderr
+    for name in chosen(True, (), 1, len(os.sched_getaffinity(0))):
+        assert name in (STAGES, LOCK, TWICE) or name in done.stdout
+
+
+def test_a_contender_that_fails_is_named_and_the_others_go_on(tmp_path, capsys):
+    """There is no such data set: the pipeline cannot start, in its own process."""
+    setting = Setting((), str(tmp_path / "gone"), 32, 16, 1, 16, str(tmp_path))
+    assert interleaved([STAGES], setting, 1) == {}
+    assert "stages did not run: " in capsys.readouterr().err
+
+
+def test_wrong_use_is_refused_before_anything_starts(shards):
+    assert "there is no such contender" in bench(shards, "--only", "pytorch").stderr
+    assert "use at most that many" in bench(shards, "--cores", "4096").stderr
+    with pytest.raises(ConfigError):
+        chosen(True, ("nobody",), 1, 1)
+
+
+def test_who_needs_more_cores_than_there_are_or_what_is_not_installed_stays_out(monkeypatch):
+    assert TWICE not in chosen(True, (), 1, 1)
+    assert TWICE in chosen(True, (), 1, 2)
+    assert not [name for name in chosen(False, (), 1, 2) if CONTENDERS[name].target.startswith("peers:")]
+    monkeypatch.setitem(CONTENDERS, OURS, CONTENDERS[OURS]._replace(needs=("no_such_package.inside",)))
+    assert OURS not in chosen(True, (), 1, 2)
+
+
+def test_the_tables_pair_rounds_and_say_how_many_cores_feed_a_rate(capsys):
+    """Made-up rounds: ours 1 and 2 ms, the others twice that in their own round."""
+    parts = {"order": 0.0, "read": 0.1, "decode": 0.5, "augment": 0.2, "limit": 0.4, "kernel": 0.1}
+    measured = {
+        OURS: [Measured(1000, 1.0, 1.0, {}), Measured(1000, 2.0, 2.0, {})],
+        OURS_FLOAT: [Measured(1000, 1.5, 1.5, {}), Measured(1000, 3.0, 3.0, {})],
+        TWICE: [Measured(1000, 1.0, 0.5, {}), Measured(1000, 2.0, 1.0, {})],
+        STAGES: [Measured(1000, 1.0, 1.0, parts)] * 2,
+        LOCK: [Measured(1000, 1.0, 1.0, {"threads": 0.05, "processes": 0.01})] * 2,
+        "DALI": [Measured(1000, 2.0, 1.0, {}), Measured(1000, 4.0, 2.0, {})],
+        "DALI, normalised": [Measured(1000, 3.0, 1.0, {}), Measured(1000, 6.0, 2.0, {})],
+    }
+    show(measured, Setting((), "x", 224, 64, 1, 1000, ""), rate=2000)
+    printed = capsys.readouterr().out
+    assert re.search(r"DALI +│ 3\.000 +│ [\d,]+ +│ 2\.00 \(2\.00 \.\. 2\.00\)", printed)
+    assert re.search(r"DALI, normalised .* 2\.00 \(2\.00 \.\. 2\.00\) +│ 3\.00 \(3\.00 \.\. 3\.00\)", printed)
+    assert "twice the cores: 2.00x" in printed
+    assert "held for at most 0.300 ms" in printed
+    assert "data.workers=threads: a loop in Python waits 0.050 ms" in printed
+    assert "10.0 % of its time at 2,000 images/s" in printed
+    assert "2,000 images/s need 3.0 cores for data: 3" in printed
