@@ -1,5 +1,7 @@
 """From rows of the order to rows of a batch: read, decode, augment. `workers` says in which thread or process."""
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -18,9 +20,15 @@ class Filler:
     """Fills rows with the view of their sample; any number of threads may call `fill` at a time."""
 
     def __init__(
-        self, dataset: Dataset, data: DataConfig, model: ModelConfig, plan: Plan, view: TrainView | EvalView
+        self,
+        dataset: Dataset,
+        data: DataConfig,
+        model: ModelConfig,
+        plan: Plan,
+        make_view: Callable[[], TrainView | EvalView],
     ) -> None:
-        self._dataset, self._view = dataset, view
+        """All of it can be sent to another process; what is made here need not."""
+        self._dataset, self._view = dataset, make_view()
         self._max_pixels, self._model = data.max_pixels, model
         self._reader = LocalReader(dataset, plan.block_samples)
 

@@ -13,7 +13,7 @@ the caller and nothing is prefetched; the batches are the same.
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -68,7 +68,7 @@ class _Loader:
         data: DataConfig,
         model: ModelConfig,
         plan: Plan,
-        view: TrainView | EvalView,
+        make_view: Callable[[], TrainView | EvalView],
         ahead: int,
     ) -> None:
         """ahead: requests that are under way while the caller uses one; with no thread, none is."""
@@ -81,7 +81,7 @@ class _Loader:
             pinned=self._pinned,
             keep=(data.prefetch_steps + 2) * plan.accumulation,
         )
-        make_filler = partial(Filler, dataset, data, model, plan, view)
+        make_filler = partial(Filler, dataset, data, model, plan, make_view)
         self._workers = make_workers(data.workers, make_filler, num_threads, shape)
         self.wait_seconds = 0.0
         """Time that the consumer has waited for data, since the loader was made."""
@@ -140,8 +140,8 @@ class TrainLoader(_Loader):
         self, dataset: Dataset, data: DataConfig, model: ModelConfig, plan: Plan, *, seed: int, rank: int
     ) -> None:
         """plan: made for this data set; seed: of the order and of every draw. Starts threads: close it."""
-        view = TrainView(data.augment, model, data.interpolation, seed)
-        super().__init__(dataset, data, model, plan, view, data.prefetch_steps)
+        make_view = partial(TrainView, data.augment, model, data.interpolation, seed)
+        super().__init__(dataset, data, model, plan, make_view, data.prefetch_steps)
         self._plan, self._slice = plan, plan.slice_of(rank)
         self._order = planned_order(dataset, plan, seed)
 
@@ -174,8 +174,8 @@ class EvalLoader(_Loader):
         self, dataset: Dataset, data: DataConfig, model: ModelConfig, plan: Plan, *, rank: int
     ) -> None:
         """Batches have `plan.micro_batch` rows. Starts threads: close it."""
-        view = EvalView(data.val_crop, data.interpolation)
-        super().__init__(dataset, data, model, plan, view, data.prefetch_steps * plan.accumulation)
+        make_view = partial(EvalView, data.val_crop, data.interpolation)
+        super().__init__(dataset, data, model, plan, make_view, data.prefetch_steps * plan.accumulation)
         self._dataset = dataset
         self._number, self._counts = evaluation_slice(len(dataset), rank, plan.world_size, plan.micro_batch)
 

@@ -32,8 +32,9 @@ def assert_same(ours: Batch, theirs: Batch) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 5])
 def test_a_process_gives_the_batches_that_threads_give(train_set, world_size):
-    """40 rows a rank: jobs of 16 and a rest; with 5 ranks, padding too."""
-    options = {"batch": 41 * world_size - 1, "micro_batch": 21}
+    """40 rows a rank: jobs of 16 and a rest; with 5 ranks, padding too; a policy of augmentation travels along."""
+    augment = {"randaugment_timm": {}, "random_erasing": {"prob": 0.5}} if world_size == 1 else {}
+    options = {"batch": 41 * world_size - 1, "micro_batch": 21, "in_chans": 3, "augment": augment}
     rank = world_size - 1
     with (
         train_loader(train_set, rank, world_size, **options) as ours,
@@ -76,13 +77,13 @@ def test_bytes_that_changed_come_back_as_the_error_that_threads_would_raise(copi
 
 
 def test_a_bug_comes_back_with_its_traceback(train_set):
-    made = setting(train_set, workers="processes", decode_threads=1)
+    made = setting(train_set, workers="processes", decode_threads=1, img_size=(16, 16))
     broken = made.config.data.model_copy(update={"interpolation": "no such kernel"})
     with (
-        TrainLoader(train_set, broken, made.config.model, made.plan, seed=0, rank=0) as loader,
+        EvalLoader(train_set, broken, made.config.model, made.plan, rank=0) as loader,
         pytest.raises(RuntimeError, match=r"in the process that decodes:\n(.*\n)+KeyError: 'no such kernel'"),
     ):
-        next(loader.steps(0))
+        next(iter(loader))
 
 
 def test_a_killed_process_is_an_error_that_says_so_and_nobody_hangs(train_set):
