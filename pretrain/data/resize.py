@@ -1,7 +1,7 @@
 """Antialiased resizing and mirroring of uint8 pixels, straight into the memory that the result is for.
 
 torch's own kernels of `interpolate(antialias=True)` do it: their filters widen with the scale like Pillow's, and they
-release the GIL. `benchmarks/README.md` says what they were measured against.
+release the GIL. `docs/loading.md` says what they were measured against.
 """
 
 import torch
