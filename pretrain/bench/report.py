@@ -19,7 +19,9 @@ _COMMON_RATE = 2000.0
 def show(measured: BY_NAME, setting: Setting, rate: float | None) -> None:
     console = Console(width=120)
     for wire, references in (("uint8", (OURS,)), ("float32", (OURS_FLOAT, OURS))):
-        console.print(_table(measured, wire, [name for name in references if name in measured], setting))
+        if any(CONTENDERS[name].wire == wire for name in measured):
+            known = [name for name in references if name in measured]
+            console.print(_table(measured, wire, known, setting))
     if STAGES in measured and OURS in measured:
         console.print(_stages(measured))
     for line in (*_scaling(measured), *_lock(measured, rate or _COMMON_RATE), *_cores(measured, rate)):

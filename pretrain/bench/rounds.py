@@ -6,6 +6,7 @@ line that it is sent, works through the images of a round and answers with what 
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,8 +90,9 @@ class _Process:
 
     def last_words(self) -> str:
         self._stderr.seek(0)
-        lines = self._stderr.read().strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
+        said = self._stderr.read().strip().rpartition("\nTraceback")[2].splitlines()
+        errors = [number for number, line in enumerate(said) if re.match(r"[\w.]+(Error|Exception)\b", line)]
+        return "\n".join(said[errors[-1] :] if errors else said[-1:]) or "it said nothing"
 
     def close(self) -> None:
         if self._process.poll() is None:
