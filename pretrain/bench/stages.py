@@ -16,9 +16,9 @@ from pretrain.bench.contenders import Setting, Work
 from pretrain.bench.ours import loader, prepared
 from pretrain.data.augment import TrainView, crop, random_resized_box
 from pretrain.data.decode import decode
-from pretrain.data.order import Order
 from pretrain.data.read import LocalReader
 from pretrain.data.resize import resize
+from pretrain.data.state import planned_order
 
 _SCHEDSTAT = Path("/proc/thread-self/schedstat")
 _OPS_A_TURN = 200
@@ -31,14 +31,7 @@ def stages(setting: Setting) -> Iterator[Work]:
     """One thread: each stage on the same samples, and the parts of them that run without the interpreter's lock."""
     torch.set_num_threads(1)
     dataset, config, plan = prepared(setting)
-    order = Order(
-        dataset.shard_samples,
-        seed=0,
-        global_batch=plan.global_batch,
-        lanes=plan.lanes,
-        block_samples=plan.block_samples,
-        window_blocks=plan.window_blocks,
-    )
+    order = planned_order(dataset, plan, seed=0)
     augment = config.data.augment
     view = TrainView(augment, config.model, config.data.interpolation, seed=0)
     reader = LocalReader(dataset, plan.block_samples)
@@ -50,7 +43,7 @@ def stages(setting: Setting) -> Iterator[Work]:
         with _into(parts, "read"):
             samples = reader.read(rows.shard, rows.sample)
         with _into(parts, "augment"):
-            draws = view.draws(rows.epoch, dataset.starts[rows.shard] + rows.sample)
+            draws = view.draws(rows.epoch, dataset.starts[rows.shard] + rows.sample, rows.repeat)
         for sample, drawn in zip(samples, draws, strict=True):
             with _into(parts, "decode"):
                 pixels = decode(sample.image, 3, config.data.max_pixels)
