@@ -42,7 +42,8 @@ class RunConfig(Section):
 
 class SourceConfig(Section):
     shards: str = Field(
-        description="folder of shards with their manifest, or a brace pattern such as `dir/a-{000..099}.tar`"
+        description="folder of shards with their manifest, or a brace pattern such as `dir/a-{000..099}.tar`; "
+        "a path, or a URL (http, https, s3, gs)"
     )
 
 
@@ -239,6 +240,29 @@ class DataConfig(Section):
         8.0, description="bytes read at once, in MiB: one I/O block"
     )
     window_blocks: Positive = Field(4, description="blocks whose samples are shuffled among each other")
+    read_ahead_mib: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="remote shards: MiB of coming blocks that each rank fetches ahead; none: as many as it is in",
+    )
+    block_memory_mib: Annotated[float, Field(gt=0)] = Field(
+        4096.0,
+        description="remote shards without a cache: most MiB of blocks in the memory of each rank",
+    )
+    cache_dir: str | None = Field(
+        None, description="remote shards: folder on a disk of each node that its ranks keep blocks in"
+    )
+    cache_gib: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="most GiB in `cache_dir`; what was not used for longest makes room"
+    )
+    read_timeout_seconds: Annotated[float, Field(gt=0)] = Field(
+        120.0, description="remote shards: time for one read, retries included, after which the run stops"
+    )
+
+    @model_validator(mode="after")
+    def _cache_whole(self) -> Self:
+        if (self.cache_dir is None) != (self.cache_gib is None):
+            raise ValueError("give cache_dir and cache_gib together: where the cache lies, and its bound")
+        return self
 
 
 class ModelConfig(Section):

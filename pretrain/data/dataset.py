@@ -1,8 +1,6 @@
 """A data set: shards in a fixed order, opened from their manifests. No tar and no index is read here."""
 
 import os
-import re
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -12,12 +10,22 @@ import numpy as np
 
 from pretrain.config.plan import DataFacts
 from pretrain.data.index import SUFFIX, remedy
-from pretrain.data.manifest import NAME, Manifest, Shard, digest, digest_of_sources, read_manifest
+from pretrain.data.manifest import (
+    NAME,
+    Manifest,
+    Shard,
+    digest,
+    digest_of_sources,
+    parse_manifest,
+    read_manifest,
+)
+from pretrain.data.store import NoSuchObjectError, Stores
+from pretrain.data.urls import check_source, expand, folder_of, is_remote, name_of, some
 from pretrain.draws import IntArray
 from pretrain.errors import DataError
 
-_SCHEME = re.compile(r"^\s*[a-z][a-z0-9+.-]*:", re.IGNORECASE)
-_SHOWN = 5
+MAX_MANIFEST_BYTES = 2**30
+"""Of a remote manifest; a shard takes about 250 bytes of it."""
 
 
 @dataclass(frozen=True)
@@ -82,20 +90,23 @@ class Dataset:
 def open_dataset(source: str) -> Dataset:
     """Open a folder of shards (all of its manifest), or a brace pattern of tars such as `dir/a-{000..099}.tar`.
 
-    Raises `DataError` for anything but local paths, for shards without a manifest or not in it, for shards or
-    indexes that are missing, and for tars of another size than the manifest says.
+    A folder is a path or a URL (`data.urls`). Of a remote one the manifest alone is read; each shard and its index are
+    held against it when they are first read. Raises `DataError` for anything else, for shards without a manifest or
+    not in it, and for local shards or indexes that are missing or of another size than the manifest says.
+
+    On a cluster one process opens and the others are told: to look at every shard is cheap once, not 4,096 times.
     """
-    _refuse_remote(source)
+    check_source(source)
     if Path(source).is_dir() or not source.strip().endswith(".tar"):
-        manifests = {source: read_manifest(Path(source))}
-        shards = manifests[source].shards
-        folder = str(Path(source))
+        folder = source.rstrip("/") if is_remote(source) else str(Path(source))
+        manifests = {folder: _read_manifest(folder)}
+        shards = manifests[folder].shards
         paths = [f"{folder}/{shard.name}" for shard in shards]
     else:
-        paths = _expand(source)
-        manifests = {f: read_manifest(Path(f)) for f in dict.fromkeys(map(_folder, paths))}
+        paths = expand(source)
+        manifests = {folder: _read_manifest(folder) for folder in dict.fromkeys(map(folder_of, paths))}
         shards = _listed(paths, manifests)
-    _check_files(paths, shards)
+    _check_files([(path, shard) for path, shard in zip(paths, shards, strict=True) if not is_remote(path)])
     return Dataset(
         source,
         tuple(paths),
@@ -118,34 +129,14 @@ def facts(train: Dataset, val: Dataset | None) -> DataFacts:
     )
 
 
-def _refuse_remote(pattern: str) -> None:
-    """Before expansion and after: nothing of what we are given may be a URL or a command."""
-    for piece in re.split(r"[{},]|::", pattern):
-        if _SCHEME.match(piece) or "|" in piece or "$" in piece:
-            raise DataError(
-                f"{pattern!r} is not a local path: {piece.strip()!r}\n"
-                "  Shards are read from a folder or a brace pattern of paths, such as data/train or data/a-{000..099}.tar;\n"
-                "  URLs, commands and variables are not."
-            )
-
-
-def _expand(pattern: str) -> list[str]:
-    """A brace pattern (several joined by `::`) as paths, by webdataset's own expander."""
-    from webdataset.shardlists import expand_urls  # imports torch; a folder does without
-
+def _read_manifest(folder: str) -> Manifest:
+    if not is_remote(folder):
+        return read_manifest(Path(folder))
     try:
-        names = expand_urls(pattern)
-    except ValueError as error:
-        raise DataError(f"{pattern!r}: not a pattern of braces: {error}") from None
-    for name in names:
-        _refuse_remote(name)
-    paths = [str(Path(name)) for name in names]
-    twice = [path for path, count in Counter(paths).items() if count > 1]
-    if twice:
-        raise DataError(
-            f"{pattern!r} names {_some(twice)} twice; an epoch holds every sample once. List it once."
-        )
-    return paths
+        content = Stores().read_whole(f"{folder}/{NAME}", MAX_MANIFEST_BYTES)
+    except NoSuchObjectError as error:
+        raise DataError(f"{error}\n  {remedy(folder)}") from None
+    return parse_manifest(content, folder)
 
 
 def _listed(paths: list[str], manifests: dict[str, Manifest]) -> list[Shard]:
@@ -153,27 +144,29 @@ def _listed(paths: list[str], manifests: dict[str, Manifest]) -> list[Shard]:
     known = {
         folder: {shard.name: shard for shard in manifest.shards} for folder, manifest in manifests.items()
     }
-    unlisted = [path for path in paths if _name(path) not in known[_folder(path)]]
+    unlisted = [path for path in paths if name_of(path) not in known[folder_of(path)]]
     if unlisted:
         raise DataError(
-            f"{_some(unlisted)}: not in the {NAME} beside {'it' if len(unlisted) == 1 else 'them'}\n"
-            f"  Check the pattern, or, where shards were added: {remedy(_folder(unlisted[0]))}"
+            f"{some(unlisted)}: not in the {NAME} beside {'it' if len(unlisted) == 1 else 'them'}\n"
+            f"  Check the pattern, or, where shards were added: {remedy(folder_of(unlisted[0]))}"
         )
-    return [known[_folder(path)][_name(path)] for path in paths]
+    return [known[folder_of(path)][name_of(path)] for path in paths]
 
 
-def _check_files(paths: list[str], shards: list[Shard]) -> None:
+def _check_files(files: list[tuple[str, Shard]]) -> None:
     """One listing of each folder; one `stat` a shard."""
-    folders = dict.fromkeys(map(_folder, paths))
+    folders = dict.fromkeys(folder_of(path) for path, _ in files)
     present = {folder: {entry.name for entry in os.scandir(folder)} for folder in folders}
     for what, suffix in (("shards", ""), ("indexes", SUFFIX)):
-        missing = [path + suffix for path in paths if _name(path) + suffix not in present[_folder(path)]]
+        missing = [
+            path + suffix for path, _ in files if name_of(path) + suffix not in present[folder_of(path)]
+        ]
         if missing:
             raise DataError(
-                f"{len(missing)} of {len(paths)} {what} are missing: {_some(missing)}\n"
-                f"  Bring them back; or, to go on with what is there: {remedy(_folder(missing[0]))}"
+                f"{len(missing)} of {len(files)} {what} are missing: {some(missing)}\n"
+                f"  Bring them back; or, to go on with what is there: {remedy(folder_of(missing[0]))}"
             )
-    for path, shard in zip(paths, shards, strict=True):
+    for path, shard in files:
         try:
             size = Path(path).stat().st_size
         except OSError as error:  # a link to nowhere
@@ -181,7 +174,7 @@ def _check_files(paths: list[str], shards: list[Shard]) -> None:
         if size != shard.bytes:
             raise DataError(
                 f"{path}: {size:,} bytes, but its manifest says {shard.bytes:,}: cut short, or replaced\n"
-                f"  Bring the file back; or, if it was changed on purpose: {remedy(_folder(path))}"
+                f"  Bring the file back; or, if it was changed on purpose: {remedy(folder_of(path))}"
             )
 
 
@@ -192,17 +185,3 @@ def _class_names(manifests: list[Manifest]) -> tuple[str, ...] | None:
             "the folders of this pattern name their classes differently; their labels cannot be mixed"
         )
     return tuple(names) if names is not None else None
-
-
-def _folder(path: str) -> str:
-    folder, slash, _ = path.rpartition("/")
-    return folder or slash or "."
-
-
-def _name(path: str) -> str:
-    return path.rpartition("/")[2]
-
-
-def _some(paths: list[str]) -> str:
-    more = len(paths) - _SHOWN
-    return ", ".join(paths[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pretrain.data.urls import folder_of, is_remote
 from pretrain.errors import DataError
 
 MAGIC = b"VITSHIDX"
@@ -55,24 +56,34 @@ def index_path(tar: Path) -> Path:
     return tar.with_name(tar.name + SUFFIX)
 
 
+def index_bytes(samples: int) -> int:
+    """Size of the index of a shard of that many samples."""
+    return _HEADER.size + samples * ROW.itemsize
+
+
 def remedy(folder: Path | str) -> str:
     """What to do about a missing or wrong index or manifest."""
+    if is_remote(str(folder)):
+        return (
+            "Run `pretrain shards index FOLDER` where the shards lie as files, and copy its .idx files and\n"
+            f"  manifest.json to {folder}."
+        )
     return f"Run `pretrain shards index {folder}`."
 
 
-def parse_index(data: bytes, path: Path) -> ShardIndex:
+def parse_index(data: bytes, path: Path | str) -> ShardIndex:
     """Read an index; raises `DataError` where its bytes are not the ones that were written, or make no sense."""
 
     def refuse(reason: str) -> DataError:
-        return DataError(f"{path}: {reason}\n  {remedy(path.parent)}")
+        return DataError(f"{path}: {reason}\n  {remedy(folder_of(str(path)))}")
 
     if len(data) < _HEADER.size or not data.startswith(MAGIC):
         raise refuse("not an index of a shard, or cut short")
     _, version, count, tar_bytes, tar_sha256, *labels, crc = _HEADER.unpack_from(data)
     if version != VERSION:
         raise refuse(f"an index of version {version}; this program reads version {VERSION}")
-    if len(data) != _HEADER.size + count * ROW.itemsize:
-        raise refuse(f"{len(data)} bytes, but {count} samples need {_HEADER.size + count * ROW.itemsize}")
+    if len(data) != index_bytes(count):
+        raise refuse(f"{len(data)} bytes, but {count} samples need {index_bytes(count)}")
     if zlib.crc32(memoryview(data)[_HEADER.size :], zlib.crc32(data[:_BEFORE_CRC])) != crc:
         raise refuse("damaged: its checksum does not match")
     table = np.frombuffer(data, ROW, offset=_HEADER.size)

@@ -1,7 +1,7 @@
 """From a plan and a data set to batches. What happens, where, and what each stage remembers:
 
     1  order     the caller's thread   which samples are this rank's at a step    nothing that a step does not give
-    2  read      decode threads        their bytes, checked (`read`)              open shards
+    2  read      decode threads        their bytes, checked (`reader`)            open shards, blocks read ahead
     3  decode    decode threads        pixels, upright, in the model's channels   nothing
     4  augment   decode threads        a view, written to its row of the batch    nothing: draws are keyed by sample
     5  queue     the caller's thread   `prefetch_steps` steps under way           batches that nobody has seen
@@ -89,6 +89,7 @@ class _Loader:
     def _stream(self, requests: Iterator[list[tuple[Rows, BoolArray]]]) -> Iterator[list[Batch]]:
         """Batches of each request in turn, those of the next ones under way."""
         coming: deque[list[_Coming]] = deque()
+        requests = self._workers.announced(requests, lambda request: (rows for rows, _ in request))
         try:
             while True:
                 began = time.perf_counter()

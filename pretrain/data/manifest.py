@@ -93,17 +93,24 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check `folder/manifest.json`; raises `DataError`."""
     path = folder / NAME
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError:
         what = "there is no such folder" if not folder.is_dir() else f"there is no {NAME} beside the shards"
         raise DataError(f"{folder}: {what}\n  {_advice(folder)}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    return parse_manifest(content, str(folder))
+
+
+def parse_manifest(content: bytes, folder: str) -> Manifest:
+    """Check the content of `folder/manifest.json`; raises `DataError`."""
+    try:
+        return Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         reason = f"{where}: {first['msg']}" if where else first["msg"]
-        raise DataError(f"{path}: not a usable manifest: {reason}\n  {remedy(folder)}") from None
+        raise DataError(f"{folder}/{NAME}: not a usable manifest: {reason}\n  {remedy(folder)}") from None
 
 
 def _advice(folder: Path) -> str:

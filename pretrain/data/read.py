@@ -19,6 +19,7 @@ from pretrain.data.dataset import Dataset
 from pretrain.data.index import BLOCK, ShardIndex, index_path, parse_index, remedy
 from pretrain.data.manifest import Shard
 from pretrain.data.tar import Sample, parse_sample
+from pretrain.data.urls import folder_of
 from pretrain.draws import IntArray
 from pretrain.errors import DataError
 
@@ -144,9 +145,15 @@ def _load_index(path: Path, stated: Shard) -> ShardIndex:
         content = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}\n  {remedy(path.parent)}") from None
+    return checked_index(content, str(file), stated)
+
+
+def checked_index(content: bytes, file: str, stated: Shard) -> ShardIndex:
+    """What `content` says, if it is the index that the manifest names; `file`: its path or URL, for messages."""
+    folder = folder_of(file)
     index = parse_index(content, file)
     if index.tar_sha256 != stated.sha256 or len(index.table) != stated.samples:
-        raise DataError(f"{file}: the index of another tar than {path.name}\n  {remedy(path.parent)}")
+        raise DataError(f"{file}: the index of another tar than {stated.name}\n  {remedy(folder)}")
     if hashlib.sha256(content).hexdigest() != stated.index_sha256:
-        raise DataError(f"{file}: not the index that the manifest names\n  {remedy(path.parent)}")
+        raise DataError(f"{file}: not the index that the manifest names\n  {remedy(folder)}")
     return index

@@ -17,10 +17,10 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ ROWS_A_JOB = 16
 """Rows that a thread fills at a time: enough to drown the cost of handing over, few enough to share a small batch."""
 
 Images = npt.NDArray[np.uint8]
+R = TypeVar("R")
 
 
 class Workers(Protocol):
@@ -42,6 +43,9 @@ class Workers(Protocol):
 
     def start(self, rows: Rows, images: Images, labels: IntArray) -> list["Future[None]"]:
         """Begin to fill images uint8 [n, H, W, C] and labels int64 [n]; they are filled when all futures are done."""
+
+    def announced(self, requests: Iterator[R], rows_of: Callable[[R], Iterable[Rows]]) -> Iterator[R]:
+        """The same requests, read ahead where the reader is at hand: it is told of their rows before they are due."""
 
     def close(self) -> None:
         """End what was started, and close the filler."""
@@ -69,6 +73,9 @@ class InCaller:
         self._filler.fill(rows, images, labels)
         return []
 
+    def announced(self, requests: Iterator[R], rows_of: Callable[[R], Iterable[Rows]]) -> Iterator[R]:
+        return requests
+
     def close(self) -> None:
         self._filler.close()
 
@@ -84,9 +91,12 @@ class Threads:
             for part in _parts(len(labels))
         ]
 
+    def announced(self, requests: Iterator[R], rows_of: Callable[[R], Iterable[Rows]]) -> Iterator[R]:
+        return self._filler.announced(requests, rows_of)
+
     def close(self) -> None:
+        self._filler.close()  # first: it ends the waits of threads that read
         self._threads.shutdown(wait=True, cancel_futures=True)
-        self._filler.close()
 
 
 class _Job(NamedTuple):
@@ -130,6 +140,10 @@ class Child:
             self._waiting.extend(jobs)
             self._send()
         return [job.done for job in jobs]
+
+    def announced(self, requests: Iterator[R], rows_of: Callable[[R], Iterable[Rows]]) -> Iterator[R]:
+        """The reader is in the child, which hears of the rows of a step when it is to fill them, not before."""
+        return requests
 
     def close(self) -> None:
         with self._lock:

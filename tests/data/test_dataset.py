@@ -58,37 +58,6 @@ def test_too_few_classes_are_refused_before_training(train_set):
         train_set.require_classes(9)
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "pipe:cat a.tar",
-        "PIPE:cat a.tar",
-        " pipe:cat a.tar",
-        "{pipe:cat,b}.tar",
-        "{a,pipe:cat b}.tar",
-        "p{i,}pe:cat a.tar",
-        "pipe{:,}cat.tar",
-        "a.tar::pipe:cat a.tar",
-        "http://host/a.tar",
-        "https://host/{0..9}.tar",
-        "file:///data/a.tar",
-        "s3://bucket/a.tar",
-        "gs://bucket/a.tar",
-        "hf://a/b.tar",
-        "ais:b/a.tar",
-        "a|b.tar",
-        "$(touch x).tar",
-        "${WDS_X}.tar",
-    ],
-)
-def test_anything_but_local_paths_is_refused(source, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WDS_X", "a")
-    with pytest.raises(DataError, match="is not a local path"):
-        open_dataset(source)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(DataError, match=r"nowhere: there is no such folder\n.*shards pack"):
         open_dataset(str(tmp_path / "nowhere"))

@@ -1,0 +1,393 @@
+"""Data sets in a store: the samples of the local ones, about one request a block, one download a node."""
+
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import store_server as faults
+import torch
+from made import setting
+from store_server import StoreServer, serving
+
+from pretrain.config import DataConfig
+from pretrain.data import Dataset, open_dataset
+from pretrain.data.cache import NodeCache
+from pretrain.data.loader import EvalLoader, TrainLoader
+from pretrain.data.order import Order
+from pretrain.data.read import LocalReader
+from pretrain.data.reader import announced, blocks_in_use, open_reader, reading
+from pretrain.data.remote import RemoteReader
+from pretrain.errors import DataError
+
+BLOCK = 7
+"""Samples of a block in these tests."""
+
+
+@pytest.fixture
+def server(copied) -> Iterator[StoreServer]:
+    with serving(copied()) as server:
+        yield server
+
+
+@pytest.fixture
+def remote(server) -> Dataset:
+    return open_dataset(server.url)
+
+
+def data_config(**settings: object) -> DataConfig:
+    return DataConfig.model_validate({"train": {"shards": "unused"}, "read_timeout_seconds": 1.5, **settings})
+
+
+def read(dataset: Dataset, numbers: np.ndarray, **settings: object) -> list[tuple[str, bytes, int]]:
+    reader = RemoteReader(dataset, data_config(**settings), BLOCK, blocks_in_use=1000)
+    try:
+        return plain(reader.read(*dataset.locate(numbers)))
+    finally:
+        reader.close()
+
+
+def plain(samples) -> list[tuple[str, bytes, int]]:
+    return [(sample.key, bytes(sample.image), sample.label) for sample in samples]
+
+
+def blocks_of(dataset: Dataset) -> int:
+    return sum(-(-shard.samples // BLOCK) for shard in dataset.shards)
+
+
+@pytest.fixture
+def whole(train_set) -> list[tuple[str, bytes, int]]:
+    return plain(LocalReader(train_set, BLOCK).read(*train_set.locate(np.arange(len(train_set)))))
+
+
+def tars(server: StoreServer) -> Counter[tuple[str, str | None]]:
+    """Requests for tars, by path and range."""
+    return Counter((r.path, r.range) for r in server.requests if r.path.endswith(".tar"))
+
+
+def test_opening_reads_the_manifest_and_nothing_else(server, remote, train_set):
+    assert [request.path for request in server.requests] == ["/manifest.json"]
+    assert (remote.digest, len(remote)) == (train_set.digest, len(train_set))
+    pattern = open_dataset(f"{server.url}/train-{{000000..000004}}.tar")
+    assert (pattern.digest, pattern.paths) == (remote.digest, remote.paths)
+    assert open_dataset(f"{server.url}/").paths == remote.paths
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_samples_are_those_of_the_local_shards_and_each_block_is_one_request(
+    server, remote, whole, cached, tmp_path
+):
+    settings = {"cache_dir": str(tmp_path / "cache"), "cache_gib": 1.0} if cached else {}
+    numbers = np.random.default_rng(0).permutation(len(remote))
+    assert read(remote, numbers, **settings) == [whole[n] for n in numbers]
+    assert set(tars(server).values()) == {1}
+    assert len(tars(server)) == blocks_of(remote)
+    assert len(server.requests) == 1 + len(remote.shards) + blocks_of(remote)
+    if cached:
+        before = len(server.requests)
+        assert read(remote, numbers[::-1], **settings) == [whole[n] for n in numbers[::-1]]
+        assert len(server.requests) == before
+
+
+def test_shards_in_a_store_and_on_a_disk_make_one_data_set(server, digits):
+    both = open_dataset(f"{server.url}/train-000001.tar::{digits}/train/train-000000.tar")
+    local = open_dataset(f"{digits}/train/train-00000{{1,0}}.tar")
+    numbers = np.random.default_rng(1).permutation(len(local))
+    assert both.digest == local.digest
+    assert read(both, numbers) == plain(LocalReader(local, BLOCK).read(*local.locate(numbers)))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_training_and_evaluation_see_the_batches_of_the_local_data_set(server, remote, train_set, world_size):
+    def batches(dataset: Dataset) -> list[torch.Tensor]:
+        made = setting(dataset, world_size, decode_threads=2)
+        found = []
+        for rank in range(world_size):
+            train = TrainLoader(dataset, made.config.data, made.config.model, made.plan, seed=5, rank=rank)
+            evaluation = EvalLoader(dataset, made.config.data, made.config.model, made.plan, rank=rank)
+            with train, evaluation:
+                steps = train.steps(3)
+                found += [batch.images.clone() for _ in range(25) for batch in next(steps)]
+                found += [batch.images.clone() for batch in evaluation]
+        return found
+
+    ours, theirs = batches(remote), batches(train_set)
+    assert len(ours) == len(theirs)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(("lanes", "world_size"), [(2, 1), (4, 2), (12, 12)])
+def test_a_rank_asks_for_each_block_of_an_epoch_once_and_twice_where_a_lane_ends(
+    server, remote, lanes, world_size
+):
+    """Held to the memory that the plan states, with all that is announced and read in the order of an epoch."""
+    made = setting(remote, world_size, batch=12, lanes=lanes)
+    plan = made.plan
+    order = Order(
+        remote.shard_samples, seed=5, global_batch=12, lanes=lanes,
+        block_samples=plan.block_samples, window_blocks=plan.window_blocks,
+    )  # fmt: skip
+    for rank in range(world_size):
+        reader = open_reader(
+            remote, made.config.data, plan.block_samples, blocks_in_use(plan, made.config.data)
+        )
+        steps = (order.rows(step, *plan.slice_of(rank)) for step in range(len(remote) // 12))
+        for rows in announced(steps, lambda rows: (rows.shard, rows.sample), reader):
+            reader.read(rows.shard, rows.sample)
+        reader.close()
+    blocks = sum(-(-shard.samples // plan.block_samples) for shard in remote.shards)
+    assert blocks - 1 <= sum(tars(server).values()) <= blocks + lanes - 1  # the last step may be cut off
+
+
+def test_blocks_of_coming_steps_are_fetched_before_they_are_due(server, remote):
+    reader = RemoteReader(remote, data_config(), BLOCK, blocks_in_use=4)
+    requests = iter([remote.locate(np.arange(start, start + 3)) for start in range(0, 60, 3)])
+    try:
+        first = next(announced(requests, lambda places: places, reader))
+        deadline = time.monotonic() + 10
+        while sum(tars(server).values()) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert sum(tars(server).values()) >= 3  # though nothing was read yet
+        assert not reader.has_room
+        assert sum(tars(server).values()) < 60 // BLOCK  # bounded in bytes
+        reader.read(*first)
+    finally:
+        reader.close()
+
+
+def test_read_ahead_of_nothing_fetches_what_is_due(server, remote, whole):
+    assert read(remote, np.arange(30), read_ahead_mib=0.0) == whole[:30]
+
+
+@pytest.mark.parametrize("of", ["manifest.json", ".tar.idx", ".tar"])
+@pytest.mark.parametrize("fault", [faults.unavailable, faults.resets_half_way])
+def test_a_passing_failure_of_anything_is_made_good(server, whole, fault, of):
+    server.first(2, fault, of)
+    dataset = open_dataset(server.url)
+    assert read(dataset, np.arange(40)) == whole[:40]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("of", [".tar.idx", ".tar"])
+def test_a_flipped_bit_is_fetched_again_and_for_ever_is_fatal(server, remote, whole, of, cached, tmp_path):
+    settings = {"cache_dir": str(tmp_path / "cache"), "cache_gib": 1.0} if cached else {}
+    server.first(2, faults.flips_a_bit, of)
+    assert read(remote, np.arange(20), **settings) == whole[:20]
+    server.always(faults.flips_a_bit, of)
+    name = (
+        r"train-000004\.tar\.idx: "
+        if of == ".tar.idx"
+        else r"train-000004\.tar, sample \d+: its bytes are not"
+    )
+    before = len(server.requests)
+    with pytest.raises(DataError, match=name):
+        read(remote, remote.starts[4] + np.arange(BLOCK), **settings)
+    assert len(server.requests) - before <= 4
+
+
+def test_a_bit_that_flips_in_the_cache_is_fetched_again(server, remote, whole, tmp_path):
+    settings = {"cache_dir": str(tmp_path), "cache_gib": 1.0}
+    read(remote, np.arange(len(remote)), **settings)
+    before = len(server.requests)
+    pieces = [path for path in tmp_path.glob("??/*") if path.stat().st_size > 2000]
+    for path in pieces[:3]:
+        damaged = bytearray(path.read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        path.write_bytes(damaged)
+    for path in pieces[3:5]:
+        path.write_bytes(path.read_bytes()[:1000])  # as a power cut may leave it
+    assert read(remote, np.arange(len(remote)), **settings) == whole
+    assert len(server.requests) - before == 5
+
+
+def test_a_shard_that_is_replaced_is_named(server, remote):
+    tar = server.folder / "train-000000.tar"
+    tar.write_bytes(tar.read_bytes() + bytes(10240))
+    with pytest.raises(DataError, match=r"train-000000\.tar: [\d,]+ bytes, but its manifest says"):
+        read(remote, np.arange(5))
+
+
+def test_a_shard_that_changes_in_use_is_named(server, remote):
+    reader = RemoteReader(remote, data_config(), BLOCK, blocks_in_use=1)
+    reader.read(*remote.locate(np.arange(3)))
+    tar = server.folder / "train-000000.tar"
+    tar.write_bytes(tar.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match=r"train-000000\.tar: it was changed while it was being read"):
+        reader.read(*remote.locate(np.arange(BLOCK, 2 * BLOCK)))
+    reader.close()
+
+
+def test_missing_objects_and_a_missing_manifest_say_what_to_do(server, remote):
+    (server.folder / "train-000002.tar").unlink()
+    with pytest.raises(DataError, match=r"train-000002\.tar: there is no such object"):
+        read(remote, remote.starts[2] + np.arange(3))
+    (server.folder / "manifest.json").unlink()
+    with pytest.raises(
+        DataError, match=r"/manifest\.json: there is no such object(.|\n)*pretrain shards index"
+    ):
+        open_dataset(server.url)
+
+
+def test_a_dead_store_ends_training_with_an_error_in_time(server, remote):
+    made = setting(remote, 1, decode_threads=2, read_timeout_seconds=1.0)
+    server.always(faults.stalls_half_way, ".tar")
+    began = time.monotonic()
+    with (
+        TrainLoader(remote, made.config.data, made.config.model, made.plan, seed=5, rank=0) as loader,
+        pytest.raises(DataError, match=r"\.tar: not read within 1 seconds"),
+    ):
+        next(loader.steps(0))
+    assert time.monotonic() - began < 6
+
+
+def test_too_little_memory_or_cache_for_the_order_is_refused_before_a_read(server, remote, tmp_path):
+    for settings, name in (
+        ({"block_memory_mib": 0.01}, "data.block_memory_mib"),
+        ({"cache_dir": str(tmp_path), "cache_gib": 1e-5}, "data.cache_gib"),
+        ({"read_ahead_mib": 5000.0}, "data.block_memory_mib"),
+    ):
+        with pytest.raises(DataError, match=name):
+            open_reader(remote, data_config(**settings), BLOCK, 1000)
+    assert len(server.requests) == 1
+
+
+def test_settings_of_stores_warn_on_local_shards(train_set, caplog, tmp_path):
+    open_reader(train_set, data_config(cache_dir=str(tmp_path / "c"), cache_gib=1.0), BLOCK, 1).close()
+    assert "data.cache_dir has no effect" in caplog.text
+    assert not (tmp_path / "c").exists()
+
+
+def test_what_is_held_and_read_is_told(remote, train_set):
+    made = setting(remote, 4, batch=24, lanes=12)
+    assert blocks_in_use(made.plan, made.config.data) == 3 * (2 + 2)
+    assert "in memory; up to" in reading(remote, made.config.data, made.plan)
+    assert "from local files, up to" in reading(train_set, made.config.data, made.plan)
+
+
+PROCESS = """
+import sys
+import numpy as np
+from pretrain.config import DataConfig
+from pretrain.data import open_dataset
+from pretrain.data.remote import RemoteReader
+url, cache, seed = sys.argv[1:]
+dataset = open_dataset(url)
+data = DataConfig(train={"shards": url}, cache_dir=cache, cache_gib=1.0)
+reader = RemoteReader(dataset, data, 7, 1000)
+print("ready", flush=True)
+sys.stdin.readline()
+numbers = np.random.default_rng(int(seed)).permutation(len(dataset))
+reader.announce(*dataset.locate(numbers))
+samples = reader.read(*dataset.locate(numbers))
+print(sum(sample.label for sample in samples), reader.requests, flush=True)
+reader.close()
+"""
+
+
+def start(server: StoreServer, cache: Path, seed: int) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", PROCESS, server.url, str(cache), str(seed)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+
+
+def test_four_processes_on_a_node_download_each_block_and_index_once(server, remote, whole, tmp_path):
+    processes = [start(server, tmp_path / "cache", seed) for seed in range(4)]
+    try:
+        for process in processes:
+            assert process.stdout.readline() == "ready\n"
+        server.requests.clear()
+        for process in processes:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        told = [process.stdout.readline().split() for process in processes]
+    finally:
+        for process in processes:
+            process.communicate(timeout=60)
+    assert {int(labels) for labels, _ in told} == {sum(label for _, _, label in whole)}
+    assert set(Counter((r.path, r.range) for r in server.requests).values()) == {1}
+    assert len(server.requests) == blocks_of(remote) + len(remote.shards)
+    assert sum(int(requests) for _, requests in told) == len(server.requests)
+    assert list((tmp_path / "cache").glob("??/*.new")) == []
+
+
+def test_a_process_killed_in_a_download_leaves_nothing_wrong(server, remote, whole, tmp_path):
+    server.always(faults.stalls_half_way, ".tar")
+    process = start(server, tmp_path / "cache", 0)
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    deadline = time.monotonic() + 30
+    while len(tars(server)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    server.fault = lambda request: None
+    assert list((tmp_path / "cache").glob("??/*.new"))
+    settings = {"cache_dir": str(tmp_path / "cache"), "cache_gib": 1.0}
+    assert read(remote, np.arange(len(remote)), **settings) == whole
+    assert list((tmp_path / "cache").glob("??/*.new")) == []
+    assert used(tmp_path / "cache") == taken(tmp_path / "cache")
+
+
+def used(folder: Path) -> int:
+    """What the cache counts."""
+    return int.from_bytes((folder / "usage").read_bytes(), "little")
+
+
+def taken(folder: Path) -> int:
+    """What is there."""
+    return sum(path.stat().st_size for path in folder.glob("??/*"))
+
+
+def key(number: int) -> str:
+    return f"{number:064x}"[::-1]
+
+
+def test_the_cache_stays_under_its_bound_and_keeps_what_was_used_last(tmp_path):
+    cache = NodeCache(tmp_path, 10_000, 1.0)
+    for number in range(50):
+        cache.piece(key(number), 1000, lambda: bytes(1000))
+        cache.piece(key(0), 1000, lambda: bytes(1000))  # in use all the time
+        time.sleep(0.002)
+        assert taken(tmp_path) <= 10_000
+        assert used(tmp_path) == taken(tmp_path)
+    kept = {path.name for path in tmp_path.glob("??/*")}
+    assert key(0) in kept
+    assert key(49) in kept
+    assert key(1) not in kept
+
+
+def test_what_is_being_read_is_never_evicted(tmp_path):
+    cache = NodeCache(tmp_path, 3000, 1.0)
+    held = [cache.piece(key(number), 1000, lambda: b"x" * 1000) for number in range(3)]
+    with pytest.raises(DataError, match=r"full of what is being read(.|\n)*Raise data\.cache_gib"):
+        cache.piece(key(3), 1000, lambda: bytes(1000))
+    assert all(piece.read(0, 1000) == b"x" * 1000 for piece in held)
+    held.pop(0)
+    cache.piece(key(3), 1000, lambda: bytes(1000))
+    assert {path.name for path in tmp_path.glob("??/*")} == {key(1), key(2), key(3)}
+
+
+def test_a_failed_download_frees_its_room_and_is_tried_again(tmp_path):
+    cache = NodeCache(tmp_path, 3000, 1.0)
+
+    def fails() -> bytes:
+        raise DataError("no")
+
+    for _ in range(5):
+        with pytest.raises(DataError, match="no"):
+            cache.piece(key(1), 1000, fails)
+    assert used(tmp_path) == taken(tmp_path) == 0
+    assert cache.piece(key(1), 1000, lambda: b"y" * 1000).read(10, 12) == b"yy"
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"data\.cache_dir .*file/cache: cannot be written: Not a directory"):
+        NodeCache(tmp_path / "file" / "cache", 1000, 1.0)

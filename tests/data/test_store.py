@@ -1,0 +1,255 @@
+"""Reads from stores: all of the bytes, or a `DataError` that names the object, by the deadline."""
+
+import os
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import obstore
+import pytest
+import store_server as faults
+from moto.server import ThreadedMotoServer
+from obstore.store import S3Store
+from store_server import StoreServer, serving
+
+from pretrain.data.store import Stores
+from pretrain.errors import DataError
+
+SIZE = 300_000
+TIMEOUT = 1.5
+"""Seconds of a read in these tests, and of silence: a read ends by twice that."""
+
+
+@pytest.fixture
+def content() -> bytes:
+    return np.random.default_rng(0).bytes(SIZE)
+
+
+@pytest.fixture
+def server(tmp_path: Path, content: bytes) -> Iterator[StoreServer]:
+    (tmp_path / "a.tar").write_bytes(content)
+    with serving(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+def stores() -> Iterator[Stores]:
+    made = Stores(TIMEOUT)
+    yield made
+    made.close()
+
+
+def test_a_range_is_one_request_and_exactly_its_bytes(server, stores, content):
+    found = stores.read(f"{server.url}/a.tar", 1000, 200_000)
+    assert found.data == content[1000:200_000]
+    assert found.version.size == SIZE
+    assert [request.range for request in server.requests] == ["bytes=1000-199999"]
+    assert (stores.requests, stores.bytes) == (1, 199_000)
+
+
+def test_a_whole_object_is_read_up_to_a_limit(server, stores, content):
+    assert stores.read_whole(f"{server.url}/a.tar", SIZE) == content
+    with pytest.raises(DataError, match=r"a\.tar: 300,000 bytes; at most 299,999 are read"):
+        stores.read_whole(f"{server.url}/a.tar", SIZE - 1)
+
+
+@pytest.mark.parametrize(
+    "fault", [faults.unavailable, faults.resets_half_way, faults.promises_more, faults.sends_less]
+)
+@pytest.mark.parametrize("etags", [True, False])
+def test_what_fails_once_or_twice_is_made_good(server, stores, content, fault, etags):
+    server.etags = etags
+    server.first(2, fault)
+    assert stores.read(f"{server.url}/a.tar", 1000, SIZE).data == content[1000:]
+    server.first(2, fault)
+    if fault in (faults.unavailable, faults.resets_half_way):  # the others are about ranges
+        assert stores.read_whole(f"{server.url}/a.tar", SIZE) == content
+
+
+def test_a_read_goes_on_from_the_last_byte_under_if_match(server, stores, content):
+    server.first(2, faults.resets_half_way)
+    assert stores.read(f"{server.url}/a.tar", 0, SIZE).data == content
+    starts = [int(request.range.removeprefix("bytes=").partition("-")[0]) for request in server.requests]
+    assert starts == [0, SIZE // 2, SIZE // 2 + SIZE // 4]
+    assert [request.if_match is not None for request in server.requests] == [False, True, True]
+    assert stores.bytes == SIZE
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (faults.unavailable, "status 503 Service Unavailable"),
+        (faults.stalls_at_once, "timeout"),
+        (faults.stalls_half_way, "timeout|time was over"),
+        (faults.drips, "time was over|timeout"),
+        (faults.promises_more, "interrupted"),
+        (faults.sends_another_range, "Requested 1000..2000, got 1001..2001"),
+    ],
+)
+def test_what_fails_for_ever_ends_by_its_deadline_with_the_reason(server, stores, fault, words):
+    server.always(fault)
+    if fault is faults.promises_more:  # so many that resuming does not get to the end
+        server.always(faults.resets_half_way)
+        words = "interrupted"
+    began = time.monotonic()
+    with pytest.raises(
+        DataError, match=rf"a\.tar: not read within 1\.5 seconds; [\d,]+ of 1,000 bytes (.|\n)*{words}"
+    ):
+        stores.read(f"{server.url}/a.tar", 1000, 2000)
+    assert time.monotonic() - began < 2 * TIMEOUT + 0.5
+
+
+def test_a_server_that_nobody_runs_ends_by_the_deadline(stores):
+    with pytest.raises(DataError, match=r"a\.tar: not read within 1\.5 seconds; 0 of 10 bytes"):
+        stores.read("http://127.0.0.1:9/a.tar", 0, 10)
+
+
+def test_retries_wait_longer_and_longer(server, stores):
+    server.always(faults.unavailable)
+    with pytest.raises(DataError, match=r"in [3-5] attempts"):
+        stores.read(f"{server.url}/a.tar", 0, 10)
+
+
+def test_a_missing_object_is_no_reason_to_wait(server, stores):
+    began = time.monotonic()
+    with pytest.raises(DataError, match=r"/b\.tar: there is no such object"):
+        stores.read(f"{server.url}/b.tar", 0, 10)
+    assert time.monotonic() - began < 1
+    assert len(server.requests) == 1
+
+
+def test_a_server_that_ignores_ranges_is_refused_at_once(server, stores):
+    server.always(faults.ignores_ranges)
+    with pytest.raises(DataError, match=r"a\.tar: the server ignores ranges (.|\n)*nginx"):
+        stores.read(f"{server.url}/a.tar", 1000, 2000)
+    assert stores.bytes == 0
+
+
+def test_an_object_shorter_than_it_should_be_is_named(server, stores):
+    with pytest.raises(
+        DataError, match=r"a\.tar: cut short: it has 300,000 bytes and ends before byte 300,001"
+    ):
+        stores.read(f"{server.url}/a.tar", 1000, SIZE + 1)
+    with pytest.raises(DataError, match=r"a\.tar: the store refuses the request \(status 416"):
+        stores.read(f"{server.url}/a.tar", SIZE + 1000, SIZE + 2000)
+
+
+@pytest.mark.parametrize("etags", [True, False])
+def test_an_object_that_changes_between_reads_is_named(server, stores, tmp_path, etags):
+    server.etags = etags
+    version = stores.read(f"{server.url}/a.tar", 0, 10).version
+    (tmp_path / "a.tar").write_bytes(b"x" * (SIZE + 1))
+    with pytest.raises(DataError, match=r"a\.tar: it was changed while it was being read"):
+        stores.read(f"{server.url}/a.tar", 10, 20, version)
+
+
+def test_an_object_that_changes_half_way_is_named(server, stores, tmp_path):
+    """Of the same size: the etag alone tells."""
+
+    def changes(handler, body, is_range):
+        (tmp_path / "a.tar").write_bytes(b"x" * SIZE)
+        faults.resets_half_way(handler, body, is_range)
+
+    server.first(1, changes)
+    with pytest.raises(DataError, match=r"a\.tar: it was changed while it was being read \(its etag"):
+        stores.read(f"{server.url}/a.tar", 0, SIZE)
+
+
+@pytest.mark.parametrize("where", ["/real/a.tar", "http://localhost:{port}/real/a.tar"])
+def test_a_redirect_to_another_path_or_host_is_followed(server, stores, content, tmp_path, where):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.tar").write_bytes(content)
+    there = faults.redirects_to(where.format(port=server.server_port))
+    server.fault = lambda request: None if request.path.startswith("/real") else there
+    assert stores.read(f"{server.url}/a.tar", 5, 50).data == content[5:50]
+
+
+@pytest.mark.parametrize("where", ["file:///etc/passwd", "ftp://127.0.0.1/a.tar", "/a.tar", "data:,x"])
+def test_a_redirect_to_anything_else_or_in_a_circle_is_an_error(server, stores, where):
+    server.always(faults.redirects_to(where))
+    with pytest.raises(DataError, match=r"a\.tar: (not read within|the store refuses)"):
+        stores.read(f"{server.url}/a.tar", 0, 10)
+    assert stores.bytes == 0
+
+
+def test_closing_ends_a_read_that_waits(server, stores):
+    import threading
+
+    server.always(faults.unavailable)
+    threading.Timer(0.3, stores.close).start()
+    began = time.monotonic()
+    with pytest.raises(DataError, match="because the reader was closed"):
+        Stores.read(stores, f"{server.url}/a.tar", 0, 10)
+    assert time.monotonic() - began < 1.2
+
+
+def put(key: str, content: bytes) -> None:
+    obstore.put(S3Store("bucket", client_options={"allow_http": True}), key, content)
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch, content: bytes) -> Iterator[None]:
+    """moto's server with one bucket; the environment that leads there."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE",
+        "AWS_SECRET_ACCESS_KEY": "hunter2",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": endpoint,
+    }.items():
+        monkeypatch.setenv(name, value)
+    for method, path in (("POST", "/moto-api/reset"), ("PUT", "/bucket")):
+        urllib.request.urlopen(urllib.request.Request(endpoint + path, method=method), timeout=10).close()
+    put("set 1/a.tar", content)
+    yield
+    server.stop()
+
+
+def test_ranges_and_versions_of_an_s3_store(s3, stores, content):
+    first = stores.read("s3://bucket/set 1/a.tar", 1000, 2000)
+    assert first.data == content[1000:2000]
+    assert stores.read("s3://bucket/set 1/a.tar", 5, SIZE, first.version).data == content[5:]
+    assert stores.read_whole("s3://bucket/set 1/a.tar", SIZE) == content
+    put("set 1/a.tar", content[::-1])
+    with pytest.raises(DataError, match=r"s3://bucket/set 1/a\.tar: it was changed"):
+        stores.read("s3://bucket/set 1/a.tar", 5, 10, first.version)
+
+
+def test_what_an_s3_store_refuses_is_named_without_its_words(s3, stores):
+    with pytest.raises(DataError, match=r"s3://bucket/b\.tar: there is no such object"):
+        stores.read("s3://bucket/b.tar", 0, 10)
+    with pytest.raises(DataError, match=r"s3://nobody/b\.tar: ") as refused:
+        stores.read("s3://nobody/b.tar", 0, 10)
+    assert "AKIA" not in str(refused.value)
+
+
+def test_requests_to_google_are_those_of_its_xml_api(tmp_path, content, stores, monkeypatch):
+    """Against a server of our own that speaks what `GET Object` needs: path, range, precondition, token."""
+    (tmp_path / "bucket" / "set").mkdir(parents=True)
+    (tmp_path / "bucket" / "set" / "a.tar").write_bytes(content)
+    with serving(tmp_path) as server:
+        monkeypatch.setenv("GOOGLE_BASE_URL", server.url)
+        monkeypatch.setenv("GOOGLE_BEARER_TOKEN", "hunter2")
+        first = stores.read("gs://bucket/set/a.tar", 1000, 2000)
+        assert first.data == content[1000:2000]
+        assert stores.read("gs://bucket/set/a.tar", 5, SIZE, first.version).data == content[5:]
+        assert {request.authorization for request in server.requests} == {"Bearer hunter2"}
+        assert server.requests[1].if_match == first.version.etag
+        server.always(lambda handler, body, is_range: handler.answer(403))
+        with pytest.raises(
+            DataError, match=r"gs://bucket/set/a\.tar: access is refused \(status 403"
+        ) as refused:
+            stores.read("gs://bucket/set/a.tar", 5, 10)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_nothing_of_the_environment_is_needed_for_http(server, content, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_"))]:
+        monkeypatch.delenv(name)
+    made = Stores(TIMEOUT)
+    assert made.read(f"{server.url}/a.tar", 0, 5).data == content[:5]
