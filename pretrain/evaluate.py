@@ -49,14 +49,17 @@ def evaluate(run: Path, which: str, shards: str | None, batch: int, as_json: boo
 
     with joined(place, device_of(place), TIMEOUT_SECONDS) as ranks:
         source = open_weights_together(run, which, ranks)
+        opened = None
         with ranks.together():
             val = source.config.data.val
             if shards is None and val is None:
                 raise ConfigError(
                     f"the config of {run} names no data.val; say what to evaluate on with --shards"
                 )
-            dataset = open_dataset(shards or val.shards)  # type: ignore[union-attr]
-            dataset.require_classes(source.model.num_classes)
+            if ranks.is_main:
+                opened = open_dataset(shards or val.shards)  # type: ignore[union-attr]
+                opened.require_classes(source.model.num_classes)
+        dataset = ranks.broadcast(opened)
         scores = _score(source, dataset, batch, ranks)
     if place.is_main:
         facts = {"checkpoint": str(source.path), "step": source.step, "digest": dataset.digest}

@@ -59,8 +59,8 @@ def run_stage(
 
     allow_change: keys of the config that the user says may differ from those that the run was trained with.
     """
+    data = _open_data(config, ranks)
     with ranks.together():
-        data = _open_data(config)
         plan = resolve(config, ranks.size, facts(data.train, data.val), detect())
     agree(plan, ranks)
     found = newest_valid(directory, ranks)
@@ -119,7 +119,16 @@ def run_stage(
     return outcome
 
 
-def _open_data(config: Config) -> Data:
+def _open_data(config: Config, ranks: Ranks) -> Data:
+    """What rank 0 finds, on all ranks: one process reads the manifests and looks at every shard, not thousands."""
+    opened = None
+    with ranks.together():
+        if ranks.is_main:
+            opened = _open_here(config)
+    return ranks.broadcast(opened)
+
+
+def _open_here(config: Config) -> Data:
     """Open the data sets from their manifests and see that the labels fit the model."""
     train = open_training(config.data.train)
     val = None if config.data.val is None else open_dataset(config.data.val.shards)

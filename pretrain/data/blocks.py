@@ -11,6 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from pretrain.errors import DataError
+
 K = TypeVar("K", bound=Hashable)
 B = TypeVar("B")
 
@@ -43,7 +45,8 @@ class Blocks(Generic[K, B]):
             if key in self._entries:
                 return
             entry = self._add(key, used=False)
-        self._threads.submit(self._fill, key, entry)
+        job = self._threads.submit(self._fill, key, entry)
+        job.add_done_callback(lambda job: self._abandon(entry) if job.cancelled() else None)
 
     def get(self, key: K) -> B:
         """The block; raises what its fetch raised."""
@@ -66,7 +69,7 @@ class Blocks(Generic[K, B]):
             self._remove(key)
 
     def close(self) -> None:
-        """Returns at once; fetches under way end by themselves."""
+        """Returns at once. Fetches under way end by themselves; who waits for one that has not begun gets an error."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             self._entries.clear()
@@ -79,6 +82,9 @@ class Blocks(Generic[K, B]):
                 if self._entries.get(key) is entry:
                     self._remove(key)
             entry.block.set_exception(error)
+
+    def _abandon(self, entry: _Entry[B]) -> None:
+        entry.block.set_exception(DataError("not read, because the reader was closed"))
 
     def _add(self, key: K, *, used: bool) -> _Entry[B]:
         """Enter a block, and let go of others where there are too many."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.config.plan import DataFacts
+from pretrain.data.contact import indexed
 from pretrain.data.index import SUFFIX, remedy
 from pretrain.data.manifest import (
     NAME,
@@ -91,19 +92,22 @@ def open_dataset(source: str) -> Dataset:
     """Open a folder of shards (all of its manifest), or a brace pattern of tars such as `dir/a-{000..099}.tar`.
 
     A folder is a path or a URL (`data.urls`). Of a remote one the manifest alone is read; each shard and its index are
-    held against it when they are first read. Raises `DataError` for anything else, for shards without a manifest or
+    held against it when they are first read. A local folder of a few tars without a manifest is indexed
+    (`data.contact`). Raises `DataError` for anything else, for shards without a manifest or
     not in it, and for local shards or indexes that are missing or of another size than the manifest says.
 
     On a cluster one process opens and the others are told: to look at every shard is cheap once, not 4,096 times.
     """
     check_source(source)
     if Path(source).is_dir() or not source.strip().endswith(".tar"):
-        folder = source.rstrip("/") if is_remote(source) else str(Path(source))
+        folder = _manifested(source.rstrip("/") if is_remote(source) else str(Path(source)))
         manifests = {folder: _read_manifest(folder)}
         shards = manifests[folder].shards
         paths = [f"{folder}/{shard.name}" for shard in shards]
     else:
         paths = expand(source)
+        places = {folder: _manifested(folder) for folder in dict.fromkeys(map(folder_of, paths))}
+        paths = [f"{places[folder_of(path)]}/{name_of(path)}" for path in paths]
         manifests = {folder: _read_manifest(folder) for folder in dict.fromkeys(map(folder_of, paths))}
         shards = _listed(paths, manifests)
     _check_files([(path, shard) for path, shard in zip(paths, shards, strict=True) if not is_remote(path)])
@@ -127,6 +131,11 @@ def facts(train: Dataset, val: Dataset | None) -> DataFacts:
         val_digest=val.digest if val else "",
         source_samples=tuple(int(n) for n in train.source_samples),
     )
+
+
+def _manifested(folder: str) -> str:
+    """The folder whose manifest speaks for the shards in `folder`; makes one for a few tars that have none."""
+    return folder if is_remote(folder) else str(indexed(Path(folder)))
 
 
 def _read_manifest(folder: str) -> Manifest:

@@ -98,6 +98,8 @@ class Stores:
         deadline = time.monotonic() + self._timeout
         failures, attempts = 0, 0
         while True:
+            if self._closed.is_set():
+                raise DataError(f"{read.url}: not read, because the reader was closed")
             attempts, had = attempts + 1, len(read.data)
             try:
                 return Content(read.data, self._attempt(read, deadline))
@@ -112,8 +114,7 @@ class Stores:
                     f"in {attempts} attempts, and the last one failed: {reason}"
                 )
             log.warning("%s: %s; trying again in %.1f seconds", read.url, reason, pause)
-            if self._closed.wait(pause):
-                raise DataError(f"{read.url}: not read, because the reader was closed")
+            self._closed.wait(pause)
 
     def _attempt(self, read: "_Read", deadline: float) -> Version:
         """One request for what is missing, added as it arrives. Raises `_Again` or `DataError`."""

@@ -1,13 +1,16 @@
 """Opening a data set: what it tells, and what it refuses before training begins."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from made import sample_members, write_tar
 
-from pretrain.data import facts, open_dataset
+from pretrain.data import contact, facts, open_dataset
 from pretrain.data.scan import index_folder
 from pretrain.errors import DataError
 
@@ -63,11 +66,55 @@ def test_a_missing_folder_is_named(tmp_path):
         open_dataset(str(tmp_path / "nowhere"))
 
 
-def test_shards_without_a_manifest_name_the_command(copied):
+def test_tars_without_a_manifest_are_indexed_on_first_contact_as_by_hand(copied, train_set):
+    folder = copied()
+    for path in folder.glob("*.idx"):
+        path.unlink()
+    (folder / "manifest.json").unlink()
+    found = open_dataset(f"{folder}/train-{{000000..000004}}.tar")
+    assert (found.digest, found.shards) == (train_set.digest, train_set.shards)
+    before = (folder / "manifest.json").stat()
+    assert open_dataset(str(folder)).digest == train_set.digest
+    assert (folder / "manifest.json").stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_several_processes_at_first_contact_index_once(copied, train_set):
     folder = copied()
     (folder / "manifest.json").unlink()
+    code = "import sys; from pretrain.data import open_dataset; print(open_dataset(sys.argv[1]).digest)"
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    assert {process.communicate(timeout=60)[0].strip() for process in started} == {train_set.digest}
+
+
+def test_tars_in_a_folder_that_cannot_be_written_are_indexed_in_the_cache(
+    copied, train_set, tmp_path, monkeypatch
+):
+    """Root may write anywhere, so the folder of links is asked for directly."""
+    folder = copied()
+    for path in [*folder.glob("*.idx"), folder / "manifest.json"]:
+        path.unlink()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tars = sorted(folder.glob("*.tar"))
+    place = contact._links(folder, tars)
+    found = open_dataset(str(contact.indexed(place)))
+    assert found.digest == train_set.digest
+    assert sorted(path.name for path in folder.iterdir()) == [tar.name for tar in tars]
+    assert contact._links(folder, tars) == place
+    os.utime(tars[0], (1, 1))
+    assert contact._links(folder, tars) != place
+
+
+def test_more_bytes_than_are_indexed_on_first_contact_name_the_command(copied):
+    folder = copied()
+    (folder / "manifest.json").unlink()
+    with (folder / "train-000000.tar").open("r+b") as file:
+        file.truncate(contact.MAX_BYTES)  # a hole
     with pytest.raises(
-        DataError, match=rf"no manifest\.json beside the shards\n  Run `pretrain shards index {folder}`"
+        DataError,
+        match=rf"no manifest\.json beside 5 tars of 10\.0 GiB(.|\n)*Run `pretrain shards index {folder}`",
     ):
         open_dataset(str(folder))
 

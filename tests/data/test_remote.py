@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from store_server import StoreServer, serving
 
 from pretrain.config import DataConfig
 from pretrain.data import Dataset, open_dataset
+from pretrain.data.blocks import Blocks
 from pretrain.data.cache import NodeCache
 from pretrain.data.loader import EvalLoader, TrainLoader
 from pretrain.data.order import Order
@@ -158,6 +160,29 @@ def test_blocks_of_coming_steps_are_fetched_before_they_are_due(server, remote):
         reader.read(*first)
     finally:
         reader.close()
+
+
+def test_closing_ends_who_waits_for_a_block_that_has_not_begun():
+    going = threading.Event()
+    blocks: Blocks[int, int] = Blocks(lambda key: going.wait(10) and key, lambda key: 1, 10, threads=1)
+    blocks.announce(1)
+    blocks.announce(2)
+    failed: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            blocks.get(2)
+        except DataError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.05)
+    blocks.close()
+    thread.join(5)
+    going.set()
+    assert not thread.is_alive()
+    assert "the reader was closed" in str(failed[0])
 
 
 def test_read_ahead_of_nothing_fetches_what_is_due(server, remote, whole):
