@@ -71,7 +71,8 @@ def plan(
 ) -> None:
     """Show every number that training CONFIG will use, and the memory of its model states.
 
-    OVERRIDES are key.sub=value, for instance train.global_batch=4096. Nothing is trained and nothing is written.
+    OVERRIDES are key.sub=value, for instance train.global_batch=4096. Nothing is trained, and nothing
+    is written but the index of plain tars that have none (docs/stores.md).
     Exits with an error where the model states alone exceed --gpu-memory.
     """
     if gpus_per_node is not None and world_size is not None:
@@ -80,10 +81,12 @@ def plan(
         raise click.UsageError("--nodes needs --gpus-per-node")
     settings = load(config, overrides)
     if gpus_per_node is not None:
-        resolved = _resolve(settings, (nodes or 1) * gpus_per_node, Hardware("cuda", "GPU", has_bf16=True))
+        hardware = Hardware("cuda", "GPU", has_bf16=True)
+        resolved, reads = _resolve(settings, (nodes or 1) * gpus_per_node, hardware)
     else:
-        resolved = _resolve(settings, world_size or 1, _this_machine())
-    _print(f"Plan of {config}", [*resolved.table(), *_needs(settings.model, resolved)])
+        resolved, reads = _resolve(settings, world_size or 1, _this_machine())
+    rows = [*resolved.table(), ("reading", reads), *_needs(settings.model, resolved)]
+    _print(f"Plan of {config}", rows)
     for words in idle_settings(settings):
         click.echo(f"Note: {words}", err=True)
     if gpu_memory is not None:
@@ -96,15 +99,18 @@ def _this_machine() -> Hardware:
     return detect()
 
 
-def _resolve(config: Config, world_size: int, hardware: Hardware) -> Plan:
+def _resolve(config: Config, world_size: int, hardware: Hardware) -> tuple[Plan, str]:
+    """The plan, and what reading the data set will take."""
     from pretrain.data import facts, open_dataset, open_training
+    from pretrain.data.reader import reading
 
     train = open_training(config.data.train)
     train.require_classes(config.model.num_classes)
     val = open_dataset(config.data.val.shards) if config.data.val else None
     if val is not None:
         val.require_classes(config.model.num_classes)
-    return resolve(config, world_size, facts(train, val), hardware)
+    plan = resolve(config, world_size, facts(train, val), hardware)
+    return plan, reading(train, config.data, plan)
 
 
 def _needs(model: ModelConfig, plan: Plan) -> list[tuple[str, str]]:

@@ -1,8 +1,14 @@
 """The benchmarks run and print their tables; no test looks at a time."""
 
+import io
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -49,3 +55,23 @@ def test_the_order_benchmark_seeks_on_one_rank_and_on_many() -> None:
     assert "400,000 samples in 40 shards" in done.stdout
     for row in ("one rank of 4,096", "a lone rank, all lanes", "two sources 3 : 1"):
         assert row in done.stdout
+
+
+def test_the_benchmark_of_stores_reads_each_byte_once(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(128):
+            for suffix, data in (("png", content), ("cls", b"1")):
+                member = tarfile.TarInfo(f"{number:03}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "stores.py"), str(tmp_path), "--rounds", "1", "--block-mib", "0.02"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^cache, filled +[\d,]+ +[\d.]+ +0\.00000 +0\.000$", done.stdout, re.MULTILINE), (
+        done.stdout
+    )
