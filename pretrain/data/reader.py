@@ -10,12 +10,10 @@ from pretrain.data.read import LocalReader
 from pretrain.data.remote import RemoteReader, held_bytes
 from pretrain.data.urls import is_remote
 from pretrain.draws import IntArray
-from pretrain.logs import log
 
 EVALUATION_BLOCKS = 4
 """Evaluation reads in the order of the data set: the block it is in, and those that threads are ahead or behind."""
 _MOST_REQUESTS_AHEAD = 1000
-_REMOTE_ONLY = ("cache_dir", "read_ahead_mib")
 
 R = TypeVar("R")
 
@@ -26,11 +24,6 @@ def open_reader(
     """The reader of a data set. blocks_in_use: see `blocks_in_use`. Close it."""
     if any(map(is_remote, dataset.paths)):
         return RemoteReader(dataset, data, block_samples, blocks_in_use)
-    for name in _REMOTE_ONLY:
-        if getattr(data, name) is not None:
-            log.warning(
-                "data.%s has no effect on %s: local files are the system's to cache", name, dataset.source
-            )
     return LocalReader(dataset, block_samples)
 
 

@@ -17,6 +17,7 @@ from made import setting
 from store_server import StoreServer, serving
 
 from pretrain.config import DataConfig
+from pretrain.config.idle import idle_settings
 from pretrain.data import Dataset, open_dataset
 from pretrain.data.blocks import Blocks
 from pretrain.data.cache import NodeCache
@@ -281,10 +282,12 @@ def test_too_little_memory_or_cache_for_the_order_is_refused_before_a_read(serve
     assert len(server.requests) == 1
 
 
-def test_settings_of_stores_warn_on_local_shards(train_set, caplog, tmp_path):
-    open_reader(train_set, data_config(cache_dir=str(tmp_path / "c"), cache_gib=1.0), BLOCK, 1).close()
-    assert "data.cache_dir has no effect" in caplog.text
-    assert not (tmp_path / "c").exists()
+def test_settings_of_stores_are_idle_on_local_shards(train_set, remote):
+    def idle(dataset: Dataset) -> str:
+        return "\n".join(idle_settings(setting(dataset, cache_dir="/c", cache_gib=1.0).config))
+
+    assert "data.cache_dir=/c has no effect: all shards are local files" in idle(train_set)
+    assert "cache_dir" not in idle(remote)
 
 
 def test_what_is_held_and_read_is_told(remote, train_set):
@@ -298,6 +301,7 @@ PROCESS = """
 import sys
 import numpy as np
 from pretrain.config import DataConfig
+from pretrain.config.idle import idle_settings
 from pretrain.data import open_dataset
 from pretrain.data.remote import RemoteReader
 url, cache, seed = sys.argv[1:]
