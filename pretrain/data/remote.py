@@ -37,6 +37,8 @@ FETCHES = 8
 """Ranged reads that a reader has under way at a time, beside those that decode threads wait for."""
 TRIES = 3
 """Times that a block or an index is fetched whose bytes do not match their checksum."""
+_OTHER_FORMAT = 4096
+"""Bytes that the index of another version may have more: it is read to say so."""
 _MIB, _GIB = 2**20, 2**30
 
 
@@ -189,7 +191,7 @@ class _Shard:
         """Fetch the index, if no thread has done so."""
         with self._lock:
             if self._index is None:
-                self._index = self._fetch_index()
+                self._index = self._load_index()
 
     def span(self, first: int, count: int) -> tuple[int, int]:
         """Where samples [first, first + count) begin and end in the tar; fewer at its end."""
@@ -221,27 +223,34 @@ class _Shard:
         assert self._index is not None  # `load` was called
         return self._index.table
 
-    def _fetch_index(self) -> ShardIndex:
-        url, size = self._url + SUFFIX, index_bytes(self._stated.samples)
+    def _load_index(self) -> ShardIndex:
+        """From the cache or the store; what the cache has is held against the manifest once more."""
+        if self._cache is None:
+            return checked_index(self._fetch_index(), self._url + SUFFIX, self._stated)
+        size = index_bytes(self._stated.samples)
         key = hashlib.sha256(f"index {self._stated.index_sha256}".encode()).hexdigest()
+        content = self._cache.piece(key, size, self._fetch_index).read(0, size)
+        try:
+            return checked_index(content, self._url + SUFFIX, self._stated)
+        except DataError as error:
+            log.warning("in the cache, %s; fetching it again", str(error).partition("\n")[0])
+        self._cache.drop(key)
+        content = self._cache.piece(key, size, self._fetch_index).read(0, size)
+        return checked_index(content, self._url + SUFFIX, self._stated)
 
-        def fetch() -> bytearray:
-            return self._stores.read(url, 0, size).data
-
-        for attempt in range(TRIES):
-            if self._cache is None:
-                content = bytes(fetch())
-            else:
-                content = self._cache.piece(key, size, fetch).read(0, size)
+    def _fetch_index(self) -> bytes:
+        """The index that the manifest names, fetched again a few times where another arrives."""
+        url = self._url + SUFFIX
+        for attempt in range(1, TRIES + 1):
+            content = self._stores.read_whole(url, index_bytes(self._stated.samples) + _OTHER_FORMAT)
             try:
-                return checked_index(content, url, self._stated)
+                checked_index(content, url, self._stated)
+                break
             except DataError as error:
-                if attempt == TRIES - 1:
+                if attempt == TRIES:
                     raise
                 log.warning("%s; fetching it again", str(error).partition("\n")[0])
-                if self._cache is not None:
-                    self._cache.drop(key)
-        raise AssertionError
+        return content
 
 
 class HeldBytes(NamedTuple):
