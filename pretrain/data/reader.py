@@ -30,12 +30,16 @@ def open_reader(
 def blocks_in_use(plan: Plan, data: DataConfig) -> int:
     """Most blocks that training takes samples of at a time on one rank.
 
-    Of each lane that it serves: a window, and what the steps under way reach beyond its end.
+    Of each lane that it serves, in each source: a window, and what the steps under way reach beyond its end.
     """
     rows = plan.global_batch // plan.lanes
     slices = map(plan.slice_of, range(plan.world_size))
     lanes = max((stop - 1) // rows - start // rows + 1 for start, stop in slices)
-    return lanes * (plan.window_blocks - (-(data.prefetch_steps + 1) * rows // plan.block_samples))
+    return (
+        len(plan.sources)
+        * lanes
+        * (plan.window_blocks - (-(data.prefetch_steps + 1) * rows // plan.block_samples))
+    )
 
 
 def reading(dataset: Dataset, data: DataConfig, plan: Plan) -> str:
