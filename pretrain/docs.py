@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+from pydantic import BaseModel
 
 from pretrain import command
 from pretrain.config import Config
@@ -27,15 +28,15 @@ class Setting(NamedTuple):
     description: str
 
 
-def settings() -> list[Setting]:
-    """Every key that a config may hold, in the schema's order."""
-    schema = Config.model_json_schema()
-    return list(_walk(schema, schema["$defs"], "", "required"))
+def settings(of: type[BaseModel] = Config) -> list[Setting]:
+    """Every key that a config, or another settings file, may hold, in the schema's order."""
+    schema = of.model_json_schema()
+    return list(_walk(schema, schema.get("$defs", {}), "", "required"))
 
 
-def table() -> str:
+def table(of: type[BaseModel] = Config) -> str:
     """The settings as a Markdown table, without a line break at its end."""
-    rows = [Setting("key", "allowed", "default", "what it is"), Setting(*["---"] * 4), *settings()]
+    rows = [Setting("key", "allowed", "default", "what it is"), Setting(*["---"] * 4), *settings(of)]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 

@@ -20,11 +20,20 @@ def code_facts() -> dict[str, str]:
     return facts
 
 
+def code_changes() -> str | None:
+    """How the code of the clone differs from its commit, as git's diff of tracked files; None outside of a clone."""
+    if "git_sha" not in code_facts():
+        return None
+    return _git("diff", "--no-ext-diff", "--no-textconv", "HEAD", "--", ":/")
+
+
 def _git(*arguments: str) -> str | None:
     """What git answers about this package's folder; None where there is no git, no clone, or no answer in time."""
     command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -11,6 +11,8 @@ checkpoints/  see `pretrain.checkpoint`
 
 import contextlib
 import json
+import os
+import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any, Literal
 from pretrain.checkpoint.layout import checkpoints, config_of, read_manifest, replace_file
 from pretrain.config import Config, Plan, dump
 from pretrain.config.resume import FIXED, Refused, changed_keys, refused
-from pretrain.errors import CheckpointError, ConfigError, RunDirError
+from pretrain.errors import CheckpointError, ConfigError, RunDirError, UserError
 
 CONFIG = "config.yaml"
 PLAN = "plan.json"
@@ -93,15 +95,27 @@ def read_status(run_dir: Path) -> Mapping[str, Any]:
     return status
 
 
-def record_failure(run_dir: Path, rank: int, words: str) -> None:
-    """Leave the words of a rank that failed where the others find them."""
-    _failure(run_dir, rank).write_text(words)
+def record_failure(run_dir: Path, rank: int, error: BaseException, words: str) -> None:
+    """Leave the words of a rank that failed by itself where the other ranks and the batch script find them.
+
+    `retry` says whether the same command may fare better: not after what a user has to mend.
+    """
+    mend = isinstance(error, UserError) and not isinstance(error, RunDirError)
+    facts = {
+        "rank": rank,
+        "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        "words": words,
+        "retry": not mend,
+        "exit_code": error.exit_code if isinstance(error, UserError) else 1,
+    }
+    with contextlib.suppress(OSError):  # a full disk may be the very failure: the log has its words
+        replace_file(_failure(run_dir, rank), json.dumps(facts) + "\n")
 
 
 def read_failure(run_dir: Path, rank: int) -> str | None:
-    """What `record_failure` wrote in this attempt, if anything."""
+    """The words that `record_failure` left in this attempt, if any."""
     path = _failure(run_dir, rank)
-    return path.read_text() if path.is_file() else None
+    return str(json.loads(path.read_text())["words"]) if path.is_file() else None
 
 
 def forget_failure(run_dir: Path, rank: int) -> None:

@@ -1,8 +1,8 @@
 """Train one stage: `python -m pretrain.train CONFIG [key.sub=value ...]`, under any launcher or none.
 
 The same command starts a run, resumes it, and fine-tunes: a stage is its config. All ranks run this file; rank 0
-speaks for all, also for a rank that failed alone. Exit codes: 0 finished; 75 stopped by a signal after a checkpoint;
-others as in `pretrain.errors`, on every rank.
+speaks for all, also for a rank that failed alone. Exit codes: 0 finished; 75 stopped by a signal after a checkpoint (0
+under our batch script, which reads status.json); others as in `pretrain.errors`, on every rank.
 """
 
 import os
@@ -13,12 +13,15 @@ from pathlib import Path
 
 import click
 
-from pretrain import command, logs, run_dir, world
+from pretrain import command, logs, run_dir, stop, world
 from pretrain.config import Config, load
 from pretrain.errors import PeerError, UserError
 
 INTERRUPTED = 75
 """EX_TEMPFAIL: an unfinished run must not look finished to `train && export`."""
+
+UNDER_BATCH_SCRIPT = "PRETRAIN_BATCH_SCRIPT"
+"""Set by a batch script that looks into status.json itself: there, stopping when asked to is no failure."""
 
 CULPRIT_SECONDS = 3.0
 """How long a rank that lost another one looks for that one's own words."""
@@ -52,39 +55,44 @@ def _train(place: world.World, path: Path, overrides: tuple[str, ...], allow_cha
     config = load(path, overrides)
     directory = Path(config.run.dir)
     run_dir.check_writable(directory)
-    run_dir.check_resumable(directory, config, allow_change)
     log_file = logs.to_rank_file(directory, place.rank)
     run_dir.forget_failure(directory, place.rank)
     try:
-        return _join_and_train(place, config, directory, log_file, allow_change)
+        run_dir.check_resumable(directory, config, allow_change)
+        with stop.on_signals() as flag:
+            return _join_and_train(place, config, directory, log_file, allow_change, flag)
     except PeerError:
         raise
     except (UserError, OSError) as error:
-        run_dir.record_failure(directory, place.rank, str(error))
+        run_dir.record_failure(directory, place.rank, error, str(error))
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
-    except RuntimeError as error:
-        if place.size > 1 and _LOST_PEER.search(str(error)):
+    except Exception as error:
+        if isinstance(error, RuntimeError) and place.size > 1 and _LOST_PEER.search(str(error)):
             logs.to_file_only(log_file, error)
             raise PeerError(f"{_words_of_culprit(directory, place)}\n  {_first_line(error)}") from error
-        run_dir.record_failure(directory, place.rank, f"{type(error).__name__}: {error}")
+        run_dir.record_failure(directory, place.rank, error, f"{type(error).__name__}: {error}")
         raise
 
 
 def _join_and_train(
-    place: world.World, config: Config, directory: Path, log_file: Path, allow_change: tuple[str, ...]
+    place: world.World,
+    config: Config,
+    directory: Path,
+    log_file: Path,
+    allow_change: tuple[str, ...],
+    flag: stop.StopFlag,
 ) -> int:
-    # torch, DeepSpeed and their friends take seconds to import: not before the config is known to be right
-    from pretrain import stop
+    # torch, DeepSpeed and their friends take seconds to import: not before the config is known to be right, and with
+    # signals in hand, which may come at any moment of it
     from pretrain.distributed import device_of, joined
     from pretrain.stage import run_stage
 
     with (
         logs.quiet_stdout(log_file),
-        stop.on_signals() as flag,
         joined(place, device_of(place), config.engine.timeout_seconds) as ranks,
     ):
         outcome = run_stage(config, ranks, directory, log_file, flag, allow_change)
-    return 0 if outcome.status == "finished" else INTERRUPTED
+    return 0 if outcome.status == "finished" or UNDER_BATCH_SCRIPT in os.environ else INTERRUPTED
 
 
 def _first_line(error: RuntimeError) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
+from launch.slurm import slurm
 from pretrain import command, hardware
 from pretrain.cli import COMMANDS, pretrain
 from pretrain.errors import CheckpointError
@@ -38,6 +39,7 @@ MODULES = [("pretrain", *words) for words in commands(pretrain)] + [
     ("pretrain.train",),
     ("pretrain.demo",),
     ("pretrain.docs",),
+    *(("launch.slurm", *words) for words in commands(slurm)),
 ]
 
 

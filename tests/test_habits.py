@@ -13,6 +13,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from click.testing import CliRunner
 
+from launch.slurm import slurm
 from pretrain.cli import pretrain
 from pretrain.config.load import parse
 from pretrain.demo import demo
@@ -24,7 +25,13 @@ README = (ROOT / "README.md").read_text()
 PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
 MAKEFILE = (ROOT / "Makefile").read_text()
 ROOMS = ("configs/", "launch/", "pretrain/", "tests/", "benchmarks/", "docs/", "slurm/")
-MODULES = {"pretrain": pretrain, "pretrain.train": train, "pretrain.docs": docs, "pretrain.demo": demo}
+MODULES = {
+    "pretrain": pretrain,
+    "pretrain.train": train,
+    "pretrain.docs": docs,
+    "pretrain.demo": demo,
+    "launch.slurm": slurm,
+}
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -45,7 +52,7 @@ def headers(folder: str) -> Iterable[str]:
         yield from re.findall(r"^# {3,}(accelerate launch .*|pretrain .*)$", text, re.MULTILINE)
 
 
-INLINE = re.findall(r"`((?:make|pretrain|python -m) [^`\n]+)`", README)
+INLINE = re.findall(r"`((?:make|pretrain|python -m|launch/\w+\.sh) [^`\n]+)`", README)
 COMMANDS = sorted(
     {line for page in PAGES for block in blocks("sh", page) for line in block.splitlines() if line}
     | set(INLINE)
@@ -95,6 +102,9 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "accelerate": accept_accelerate,
     "python": accept_python,
     "source": lambda words: None,
+    "launch/pretrain.sh": lambda words: accept(slurm, ["submit", *words]),
+    "launch/finetune.sh": lambda words: accept(slurm, ["submit", "--after-init", *words]),
+    "launch/pipeline.sh": lambda words: accept(slurm, ["chain", *words]),
 }
 
 

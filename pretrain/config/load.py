@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import pydantic
 import yaml
@@ -19,6 +19,7 @@ from pretrain.errors import ConfigError
 
 MAX_BYTES = 1_000_000
 Key = tuple[str | int, ...]
+Settings = TypeVar("Settings", bound=pydantic.BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -136,23 +137,28 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Config:
     """`load` for a text; `name` stands for the file in messages."""
+    return read_settings(Config, text, name, overrides)
+
+
+def read_settings(schema: type[Settings], text: str, name: str, overrides: Sequence[str] = ()) -> Settings:
+    """A YAML text as an object of `schema`, the schema of a config or of another settings file."""
     located = _Located(name)
     values = located.read(text)
     if not isinstance(values, dict):
-        raise ConfigError(f"{name}: a config is a mapping of sections ({', '.join(Config.model_fields)})")
+        raise ConfigError(f"{name}: a config is a mapping of sections ({', '.join(schema.model_fields)})")
     for override in overrides:
         located.override(override, values)
+    problems = located.problems
     try:
-        config = Config.model_validate(values)
+        settings = schema.model_validate(values)
     except pydantic.ValidationError as error:
-        located.problems += [_explain(problem, located) for problem in error.errors(include_url=False)]
-    if located.problems:
-        count = len(located.problems)
+        problems += [_explain(problem, located, schema) for problem in error.errors(include_url=False)]
+    if problems:
         raise ConfigError(
-            f"{count} mistake{'s' if count > 1 else ''} in the configuration:\n"
-            + "\n".join(f"  {problem}" for problem in located.problems)
+            f"{len(problems)} mistake{'s' if len(problems) > 1 else ''} in the configuration:\n"
+            + "\n".join(f"  {problem}" for problem in problems)
         )
-    return config
+    return settings
 
 
 def dump(config: Config) -> str:
@@ -161,14 +167,14 @@ def dump(config: Config) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110)
 
 
-def _explain(problem: Any, located: _Located) -> str:
+def _explain(problem: Any, located: _Located, schema: type[pydantic.BaseModel]) -> str:
     key: Key = problem["loc"]
     known = next((key[:n] for n in range(len(key), -1, -1) if key[:n] in located.where), ())
     named = known if known in located.raw else key  # below a plain value pydantic adds the kind that it tried
     where = f"{located.where.get(known, located.name)}: {'.'.join(map(str, named)) or 'config'}: "
     match problem["type"]:
         case "extra_forbidden":
-            return where + _unknown(key)
+            return where + _unknown(key, schema)
         case "missing":
             return where + "is required"
         case "value_error":
@@ -191,8 +197,8 @@ def _explain(problem: Any, located: _Located) -> str:
             return where + f"must be {message}, given {_shown(problem['input'])}"
 
 
-def _unknown(key: Key) -> str:
-    section: Any = Config
+def _unknown(key: Key, schema: type[pydantic.BaseModel]) -> str:
+    section: Any = schema
     for name in key[:-1]:
         if isinstance(name, str):  # a number counts the entries of a list: they are all of one type
             section = _section_type(section, name)

@@ -79,6 +79,7 @@ class Drainer:
                     f"{self._path} does not begin with the description of its run; was it edited?"
                 )
             self._mlflow = MlflowRun(self.note.uri, run)
+            progress.save_page(self._run_dir, self._mlflow.page)
         return self._mlflow
 
     def _next_group(self) -> tuple[list[Record], int]:

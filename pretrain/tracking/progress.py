@@ -8,6 +8,8 @@ from pretrain.tracking import records
 from pretrain.tracking.journal import journal_path
 from pretrain.tracking.locks import LockFile
 
+PAGE = "page"
+
 
 class Delivered(NamedTuple):
     """The journal up to byte `offset` is with the MLflow at `uri`. `error`: why it is not further, if it is not."""
@@ -42,6 +44,17 @@ def count_unsent(run_dir: Path) -> int:
 def drain_lock(run_dir: Path) -> LockFile:
     """Held by the one drainer that a run may have."""
     return LockFile(run_dir / "tracking" / "drain.lock")
+
+
+def save_page(run_dir: Path, page: str) -> None:
+    """Note where MLflow shows the run: the part of the address that comes after the server's."""
+    (run_dir / "tracking" / PAGE).write_text(page + "\n")
+
+
+def read_page(run_dir: Path) -> str | None:
+    """What `save_page` noted, or None where the run has not reached MLflow yet."""
+    path = run_dir / "tracking" / PAGE
+    return path.read_text().strip() if path.is_file() else None
 
 
 def _path(run_dir: Path) -> Path:

@@ -65,6 +65,7 @@ class MlflowRun:
                 self._parent = self._one_run(experiment, CAMPAIGN_TAG, digest, campaign, start, {})
                 tags = {"mlflow.parentRunId": self._parent}
             self._run = self._one_run(experiment, UID_TAG, record["uid"], name, start, tags)
+        self.page = f"#/experiments/{experiment}/runs/{self._run}"
 
     def log(self, items: Sequence[Item]) -> None:
         """Deliver a batch whole; refused where any of it is unacceptable."""

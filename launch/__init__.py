@@ -1,0 +1,14 @@
+"""How processes are started: on one machine by accelerate or torchrun, on a cluster by Slurm.
+
+`slurm` is the command, `python -m launch.slurm`; it renders `slurm/stage.sbatch`, submits and watches.
+
+    profile    what a site's jobs look like: a YAML file, strict
+    plain      what may stand in a script, and how it is quoted
+    job        the stages of a chain as jobs: names, folders, commands
+    render     profile and job -> batch script
+    snapshot   what a job leaves in its run directory before it starts
+    queue      sbatch, squeue, scancel
+    progress   how far the stages of a chain are
+    attempt    the batch script's questions: may this job start, and what now that it ended (`verdict`)
+    preflight  every rank sees its device, the network, the shards and the run directory
+"""

@@ -1,0 +1,281 @@
+"""`python -m launch.slurm`: stages as jobs of Slurm. See docs/slurm.md."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from launch import profile as profiles
+from launch import queue, snapshot
+from launch.job import Job, export_job, predecessor, train_job
+from launch.profile import Profile
+from launch.render import render
+from pretrain import command
+from pretrain.config import Config, load
+from pretrain.errors import ConfigError
+
+FORMATS = ("safetensors", "timm")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that could be submitted: nothing is written yet."""
+
+    job: Job
+    config: Config
+    profile: Profile
+    script: str
+
+    @classmethod
+    def of(cls, job: Job, config: Config, profile: Profile) -> "Prepared":
+        return cls(job, config, profile, render(job, profile))
+
+
+def site_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of every command that makes jobs."""
+    for option in (
+        click.option(
+            "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key of the profile."
+        ),
+        click.option(
+            "--nodes", metavar="N|MIN-MAX", help="Nodes of each training job, in place of the profile's."
+        ),
+        click.option(
+            "--profile", "profile", required=True, metavar="FILE", help="What jobs look like at your site."
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def asking_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option(
+            "--test-only", is_flag=True, help="Ask Slurm whether and when it would start; submit nothing."
+        ),
+        click.option("--dry-run", is_flag=True, help="Print the script; submit nothing."),
+    ):
+        function = option(function)
+    return function
+
+
+def stage_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--name", help="Name of the job.  [default: the run directory's last two parts]"),
+        click.option(
+            "--after-init",
+            is_flag=True,
+            help="Start when the run that init.from names is finished, not before.",
+        ),
+        click.argument("overrides", nargs=-1),
+        click.argument("config", type=click.Path(path_type=Path)),
+    ):
+        function = option(function)
+    return function
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    command.DEBUG,
+    is_flag=True,
+    expose_value=False,
+    help="Show the traceback of an error; may stand anywhere.",
+)
+def slurm() -> None:
+    """Run stages as jobs of Slurm, alone or as a chain."""
+
+
+@slurm.command("render")
+@stage_options
+@site_options
+def render_(**given: Any) -> None:
+    """Print the batch script of the stage CONFIG, with OVERRIDES of its settings such as optim.lr=1e-3."""
+    click.echo(_prepare_stage(**given).script, nl=False)
+
+
+@slurm.command()
+@stage_options
+@site_options
+@asking_options
+def submit(dry_run: bool, test_only: bool, **given: Any) -> None:
+    """Submit the stage CONFIG, with OVERRIDES of its settings such as optim.lr=1e-3.
+
+    A run that was interrupted or has failed is submitted again by the same command, and goes on.
+    """
+    prepared = _prepare_stage(**given)
+    if not _only_asked([prepared], dry_run=dry_run, test_only=test_only):
+        _submit([prepared], after=_living_job(prepared.job.needs))
+
+
+@slurm.command()
+@click.argument("configs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--which", type=click.Choice(["best", "last"]), default="last", show_default=True,
+    help="Checkpoint of the last stage to evaluate and export.",
+)  # fmt: skip
+@click.option(
+    "--format", "formats", type=click.Choice(FORMATS), multiple=True, default=("safetensors",), show_default=True,
+    help="What to export; may be given twice.",
+)  # fmt: skip
+@site_options
+@asking_options
+def chain(
+    configs: Sequence[Path],
+    which: str,
+    formats: Sequence[str],
+    profile: str,
+    nodes: str | None,
+    settings: Sequence[str],
+    dry_run: bool,
+    test_only: bool,
+) -> None:
+    """Submit the stages CONFIGS one after the other, then a job that evaluates and exports the last one.
+
+    Each stage starts from the one before it (init.from), when that is finished. Where one fails the rest is cancelled.
+    """
+    site = _profile(profile, nodes, settings)
+    cwd = Path.cwd()
+    stages: list[Prepared] = []
+    for path in configs:
+        config = load(path)
+        needs = None
+        if stages:
+            needs = predecessor(config, cwd)
+            if needs.resolve() != stages[-1].job.run_dir.resolve():
+                raise ConfigError(
+                    f"{path} starts from {needs} (init.from), but the stage before it writes {stages[-1].job.run_dir}"
+                )
+        stages.append(Prepared.of(train_job(config, site, cwd, needs=needs), config, site))
+    directories = [stage.job.run_dir.resolve() for stage in stages]
+    if len(set(directories)) < len(directories):
+        raise ConfigError("two stages of the chain have the same run.dir: each needs its own")
+    last, one_rank = stages[-1].config, site.for_one_rank()
+    stages.append(Prepared.of(export_job(last, one_rank, cwd, which, formats), last, one_rank))
+    if not _only_asked(stages, dry_run=dry_run, test_only=test_only):
+        _submit(stages, after=None)
+
+
+@slurm.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def status(run: Path) -> None:
+    """Show how the chain that the run directory RUN belongs to stands."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from launch.progress import chain_of, duration, stage_of
+
+    table = Table("run", "stage", "job", "Slurm", "run says", "step", "left", "images/s", "loss")
+    links = []
+    for folder in chain_of(run):
+        stage = stage_of(folder)
+        if stage is None:
+            continue
+        table.add_row(
+            stage.run,
+            stage.kind,
+            str(stage.job_id),
+            stage.state,
+            stage.status or "-",
+            "-" if stage.step is None else f"{stage.step:,} of {stage.total_steps or 0:,}",
+            "-" if stage.eta_seconds is None else duration(stage.eta_seconds),
+            "-" if stage.images_per_second is None else f"{stage.images_per_second:,.0f}",
+            "-" if stage.loss is None else f"{stage.loss:.4f}",
+        )
+        if stage.mlflow is not None:
+            links.append(f"{stage.run}: {stage.mlflow}")
+    console = Console()
+    console.print(table)
+    for link in links:
+        console.print(link, soft_wrap=True, highlight=False, markup=False)
+
+
+@slurm.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def cancel(run: Path) -> None:
+    """Cancel all jobs of the chain that the run directory RUN belongs to. What was saved stays."""
+    from launch.progress import chain_of
+
+    found = [snapshot.read(folder) for folder in chain_of(run)]
+    alive = [job.job_id for job in found if job is not None and queue.state(job.job_id) in queue.ALIVE]
+    queue.cancel(alive[::-1])  # those that wait first, so that none of them starts meanwhile
+    click.echo(f"cancelled: {', '.join(map(str, alive))}" if alive else "no job of this chain is alive")
+
+
+@slurm.command()
+def keys() -> None:
+    """Print every key of a profile and its default, as a Markdown table."""
+    from pretrain.docs import table
+
+    click.echo(table(Profile))
+
+
+def _prepare_stage(
+    config: Path,
+    overrides: Sequence[str],
+    profile: str,
+    nodes: str | None,
+    settings: Sequence[str],
+    name: str | None,
+    after_init: bool,
+) -> Prepared:
+    site, cwd = _profile(profile, nodes, settings), Path.cwd()
+    stage = load(config, overrides)
+    needs = predecessor(stage, cwd) if after_init else None
+    return Prepared.of(train_job(stage, site, cwd, name=name, needs=needs), stage, site)
+
+
+def _profile(path: str, nodes: str | None, settings: Sequence[str]) -> Profile:
+    return profiles.load(path, [*settings, *([] if nodes is None else [f"nodes={nodes}"])])
+
+
+def _only_asked(stages: Sequence[Prepared], *, dry_run: bool, test_only: bool) -> bool:
+    """Print the scripts, or what Slurm says of them, where that is all that was asked for."""
+    for stage in stages:
+        if dry_run:
+            click.echo(stage.script)
+        elif test_only:
+            click.echo(f"{stage.job.name}: {queue.test_only(stage.script, _environment(stage))}")
+    return dry_run or test_only
+
+
+def _living_job(needs: Path | None) -> int | None:
+    """The job that is still working on the run directory `needs`, if any."""
+    if needs is None:
+        return None
+    before = snapshot.read(needs / "slurm" / "train")
+    return before.job_id if before is not None and queue.state(before.job_id) in queue.ALIVE else None
+
+
+def _submit(stages: Sequence[Prepared], after: int | None) -> None:
+    """Submit stages, each after the one before it; where one is refused none stays."""
+    chain = [stage.job.folder for stage in stages]
+    jobs: list[int] = []
+    with contextlib.ExitStack() as stack:
+        for stage in stages:
+            stack.enter_context(snapshot.claimed(stage.job))
+        try:
+            for stage in stages:
+                path = snapshot.write(stage.job, stage.config, stage.script)
+                after = queue.submit(path, _environment(stage), after)
+                jobs.append(after)
+                snapshot.record(stage.job, after, chain)
+        except BaseException:
+            queue.cancel(jobs[::-1])
+            raise
+    for stage, job in zip(stages, jobs, strict=True):
+        click.echo(f"job {job}: {stage.job.name}, its log and snapshot are in {stage.job.folder}")
+    click.echo(f"Watch it with  python -m launch.slurm status {stages[0].job.run_dir}")
+
+
+def _environment(stage: Prepared) -> dict[str, str]:
+    missing = [name for name in stage.profile.pass_env if name not in queue.environment([name])]
+    for name in missing:
+        click.echo(f"Note: pass_env names {name}, which is not set here", err=True)
+    return queue.environment(stage.profile.pass_env)
+
+
+if __name__ == "__main__":
+    command.run(slurm, "python -m launch.slurm")

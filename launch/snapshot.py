@@ -1,0 +1,88 @@
+"""What a job leaves in its run directory before it waits in a queue for hours: its config, code state and script.
+
+RUN/slurm/train/ or export/
+  config.yaml      the resolved config that the job reads, at its first start and at every later one
+  code.json        version, git commit, and whether the clone differs from it
+  code.diff        how, where it does; secrets taken out
+  stage.sbatch     the batch script
+  job.json         the number that Slurm gave it, and the chain that it is part of
+  log-N.txt        what the job N said, all attempts in one file
+  attempts.jsonl   how each attempt ended and what was decided
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch import queue
+from launch.job import CONFIG, SCRIPT, Job
+from pretrain.checkpoint.layout import replace_file
+from pretrain.config import Config, dump
+from pretrain.errors import RunDirError
+from pretrain.lineage import code_changes, code_facts
+from pretrain.run_dir import check_writable
+from pretrain.tracking.locks import LockFile
+from pretrain.tracking.redact import redact_text
+
+RECORD = "job.json"
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job in Slurm's hands. chain: the folders of the jobs it was submitted with, in order."""
+
+    job_id: int
+    name: str
+    chain: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def claimed(job: Job) -> Iterator[None]:
+    """Hold the job's folder while it is prepared; raises `RunDirError` where it has a job that lives."""
+    check_writable(job.folder)
+    lock = LockFile(job.folder / "submit.lock")
+    if not lock.acquire():
+        raise RunDirError(f"somebody else is submitting {job.run_dir} at this moment")
+    try:
+        before = read(job.folder)
+        if before is not None:
+            state = queue.state(before.job_id)
+            if state in queue.ALIVE:
+                raise RunDirError(
+                    f"{job.run_dir} has job {before.job_id} already, which is {state}. One run has one job: wait "
+                    f"for it, or cancel it with python -m launch.slurm cancel {job.run_dir}"
+                )
+        yield
+    finally:
+        lock.release()
+
+
+def write(job: Job, config: Config, script: str) -> Path:
+    """Write the snapshot; returns the path of the script."""
+    replace_file(job.folder / CONFIG, dump(config))
+    replace_file(job.folder / "code.json", json.dumps(code_facts(), indent=1) + "\n")
+    changes = code_changes()
+    if changes:
+        replace_file(job.folder / "code.diff", redact_text(changes))
+    else:
+        (job.folder / "code.diff").unlink(missing_ok=True)
+    replace_file(job.folder / SCRIPT, script)
+    return job.folder / SCRIPT
+
+
+def record(job: Job, job_id: int, chain: Sequence[Path]) -> None:
+    facts = {"job_id": job_id, "name": job.name, "chain": [str(folder) for folder in chain]}
+    replace_file(job.folder / RECORD, json.dumps(facts, indent=1) + "\n")
+
+
+def read(folder: Path) -> Submitted | None:
+    """The job that was submitted from a folder last, or None."""
+    try:
+        facts = json.loads((folder / RECORD).read_text())
+        return Submitted(int(facts["job_id"]), str(facts["name"]), tuple(map(str, facts["chain"])))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunDirError(f"{folder / RECORD} cannot be read: {error}") from None
