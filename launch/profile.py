@@ -172,6 +172,8 @@ class Profile(Section):
             raise ValueError(f"nodes {self.nodes}: the first number is the smaller one")
         if self.gpu_type is not None and not self.gpus_per_node:
             raise ValueError("gpu_type needs gpus_per_node")
+        if self.signal_seconds >= self.seconds:
+            raise ValueError(f"signal_seconds {self.signal_seconds} is not below the time limit {self.time}")
         for name in self.pass_env:
             if RESERVED.fullmatch(name):
                 raise ValueError(f"pass_env: {name} is set by Slurm or by the script")
@@ -184,6 +186,17 @@ class Profile(Section):
     @property
     def max_nodes(self) -> int:
         return int(str(self.nodes).rpartition("-")[2])
+
+    @property
+    def seconds(self) -> int:
+        """The time limit. Slurm reads M, M:S and H:M:S, and with days D-H, D-H:M and D-H:M:S."""
+        days, dash, rest = str(self.time).rpartition("-")
+        parts = [int(part) for part in rest.split(":")]
+        if dash:
+            hours, minutes, seconds = (*parts, 0, 0)[:3]
+        else:
+            hours, minutes, seconds = (0, *parts, 0)[:3] if len(parts) < 3 else parts
+        return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
     @property
     def num_ranks_per_node(self) -> int:

@@ -103,13 +103,18 @@ def record_failure(run_dir: Path, rank: int, error: BaseException, words: str) -
     mend = isinstance(error, UserError) and not isinstance(error, RunDirError)
     facts = {
         "rank": rank,
-        "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        "node": node(),
         "words": words,
         "retry": not mend,
         "exit_code": error.exit_code if isinstance(error, UserError) else 1,
     }
     with contextlib.suppress(OSError):  # a full disk may be the very failure: the log has its words
         replace_file(_failure(run_dir, rank), json.dumps(facts) + "\n")
+
+
+def node() -> str:
+    """The name of this machine, as Slurm knows it where Slurm started this process."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def read_failure(run_dir: Path, rank: int) -> str | None:

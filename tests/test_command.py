@@ -39,6 +39,7 @@ MODULES = [("pretrain", *words) for words in commands(pretrain)] + [
     ("pretrain.train",),
     ("pretrain.demo",),
     ("pretrain.docs",),
+    ("launch.preflight",),
     *(("launch.slurm", *words) for words in commands(slurm)),
 ]
 

@@ -1,7 +1,8 @@
 """A real Slurm on this machine, thrown away afterwards: munged, slurmctld, and one slurmd for each node.
 
 All nodes are this host under names of their own (`slurmd -N`), so nothing here needs root or a second machine. Nodes
-claim more CPUs than there are: the jobs of the tests mostly wait. Times that sites set to minutes are seconds here.
+claim more CPUs than there are: the jobs of the tests mostly wait. Times that sites set to minutes are seconds here;
+cred_expire, which a requeued job waits for, is at its least.
 """
 
 import os
@@ -19,7 +20,7 @@ from ranks import free_port
 
 SBIN = "/usr/sbin:/sbin"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
-NODES = 6
+NODES = 8
 CPUS = 16
 
 CONF = """\
@@ -29,7 +30,7 @@ SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.sock,cred_expire=2
+AuthInfo=socket={folder}/munge.sock,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
@@ -59,6 +60,7 @@ MailProg=/bin/true
 {nodes}
 PartitionName=main Nodes=node[0-1] Default=YES MaxTime=INFINITE State=UP
 PartitionName=loss Nodes=node[2-3] MaxTime=INFINITE State=UP
+PartitionName=broken Nodes=node[6-7] MaxTime=INFINITE State=UP
 PartitionName=low Nodes=node[4-5] MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=20 State=UP
 PartitionName=high Nodes=node[4-5] MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF State=UP
 """

@@ -1,7 +1,7 @@
 """`python -m MODULE ...` as the jobs of these tests start it: a training waits where a test wants to disturb it.
 
 In the first HOLD_RESTARTS attempts each rank waits in its HOLD_STEP-th step for a signal, or takes PACE_SECONDS for every
-step. Everything else is the product as it is.
+step, or fails on BROKEN_NODE as a broken GPU does. Everything else is the product as it is.
 """
 
 import os
@@ -27,6 +27,8 @@ class Held(stop.StopFlag):
         self.steps += 1
         if DISTURBED:
             time.sleep(PACE)
+            if self.steps == STEP and os.environ["SLURMD_NODENAME"] == os.environ.get("BROKEN_NODE"):
+                raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
             while self.steps == STEP and self.signal is None:
                 time.sleep(0.05)
         return super().__bool__()

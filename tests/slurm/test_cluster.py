@@ -120,7 +120,9 @@ def chain_ok(site: Site) -> None:
         init={"from": first.run.dir},
         train={"total_steps": 2, "eval_every_steps": 2},
     )
-    jobs = site.submit("chain", site.write(first), site.write(second), "--profile", site.profile("chain"))
+    jobs = site.submit(
+        "chain", site.write(first), site.write(second), "--profile", site.profile("chain", preflight=True)
+    )
     for job in jobs:
         assert site.ends(job)["Restarts"] == "0"
     assert site.cluster.job(jobs[1])["Dependency"] == "(null)"
@@ -166,8 +168,9 @@ def preemption(site: Site) -> None:
 def time_limit_twice(site: Site) -> None:
     profile = site.profile("limit", {"HOLD_RESTARTS": 2, "HOLD_STEP": 3}, time=1, signal_seconds=45)
     (job,) = site.submit("submit", site.write(site.config("limit")), "--profile", profile)
-    assert site.ends(job)["Restarts"] == "2"
-    assert [attempt["action"] for attempt in site.attempts("limit")] == ["requeue", "requeue", "finished"]
+    restarts = int(site.ends(job)["Restarts"])
+    assert restarts >= 2  # more on a machine so busy that a third minute is not enough
+    assert [a["action"] for a in site.attempts("limit")] == ["requeue"] * restarts + ["finished"]
 
 
 def lost_node(site: Site) -> None:
@@ -179,6 +182,15 @@ def lost_node(site: Site) -> None:
     facts = site.ends(job)
     assert facts["Restarts"] == "1"
     assert facts["NodeList"] == "node2"
+
+
+def broken_node(site: Site) -> None:
+    env: dict[str, str | int] = {"HOLD_RESTARTS": 1, "HOLD_STEP": 5, "BROKEN_NODE": "node7"}
+    profile = site.profile("broken", env, partition="broken", nodes="1-2")
+    (job,) = site.submit("submit", site.write(site.config("broken")), "--profile", profile)
+    facts = site.ends(job)
+    assert (facts["Restarts"], facts["NodeList"], facts["ExcNodeList"]) == ("1", "node6", "node7")
+    assert "uncorrectable ECC error" in site.attempts("broken")[0]["reason"]
 
 
 def cancelled_and_submitted_again(site: Site) -> None:
@@ -197,6 +209,7 @@ def cancelled_and_submitted_again(site: Site) -> None:
 SCENARIOS: list[Callable[[Site], None]] = [
     time_limit_twice,
     lost_node,
+    broken_node,
     preemption,
     chain_ok,
     cancelled_and_submitted_again,
@@ -261,11 +274,12 @@ def test_a_disturbed_run_ends_as_the_undisturbed_one(
 
 
 @pytest.mark.timeout(LONGEST_SECONDS)
+@pytest.mark.parametrize(("scenario", "run"), [("lost_node", "lost"), ("broken_node", "broken")])
 def test_a_run_that_lost_a_node_goes_on_with_the_rest(
-    ended: dict[str, Future[None]], site: Site, golden: Path
+    scenario: str, run: str, ended: dict[str, Future[None]], site: Site, golden: Path
 ) -> None:
-    ended["lost_node"].result()
-    expected, got = journal(golden), journal(site.folder / "lost")
+    ended[scenario].result()
+    expected, got = journal(golden), journal(site.folder / run)
     assert got.keys() == expected.keys()
     for key, value in expected.items():
         assert got[key] == pytest.approx(value, abs=1e-5), key

@@ -221,6 +221,26 @@ def test_the_example_profile_is_one_and_asks_for_what_it_says() -> None:
     assert directives(render(job(kind="export"), example.for_one_rank()))["gpus-per-node"] == "1"
 
 
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        (10, 600),
+        ("10", 600),
+        ("10:30", 630),
+        ("2:00:00", 7200),
+        ("1-12", 129600),
+        ("1-12:30", 131400),
+        ("1-0:0:1", 86401),
+    ],
+)
+def test_the_signal_comes_within_the_time_limit(time: int | str, seconds: int) -> None:
+    assert profile(time=time).seconds == seconds
+    assert profile(time=time, signal_seconds=min(seconds - 1, 65535)).signal_seconds
+    if seconds < 65535:
+        with pytest.raises(ValueError, match="not below the time limit"):
+            profile(time=time, signal_seconds=seconds)
+
+
 def test_gpus_can_be_asked_for_as_gres_with_a_type() -> None:
     found = directives(render(job(), profile(gpus_per_node=4, gpu_type="a100", gpu_option="gres")))
     assert found["gres"] == "gpu:a100:4"

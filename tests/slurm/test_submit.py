@@ -134,6 +134,27 @@ def test_a_chain_waits_for_each_stage_before_the_next(desk: Desk) -> None:
     assert desk.asked("scancel") == [["--", "103", "102", "101"]]
 
 
+def test_the_status_has_the_loss_the_time_left_and_a_link(desk: Desk) -> None:
+    desk.call("submit", desk.first)
+    run = desk.folder / "runs/first"
+    (run / "tracking").mkdir()
+    (run / "status.json").write_text('{"status": "running", "step": 0}')
+    (run / "plan.json").write_text('{"total_steps": 3600}')
+    (run / "tracking" / "delivered.json").write_text(
+        '{"uri": "http://head:5000", "offset": 0, "error": null}'
+    )
+    (run / "tracking" / "page").write_text("#/experiments/1/runs/abc\n")
+    values = {"train/loss": 2.34567, "perf/step_seconds": 2.0, "perf/images_per_second": 1234.5}
+    lines = [
+        {"op": "metrics", "attempt": 1, "time": 1, "step": step, "values": values} for step in (900, 1800)
+    ] + [{"op": "metrics", "attempt": 1, "time": 2, "step": 1800, "values": {"perf/save_seconds": 1.0}}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"op": "met')
+    shown = desk.call("status", "runs/first", site=False)
+    for words in ("running", "PENDING", "1,800 of 3,600", "01:00", "1,234", "2.3457"):
+        assert words in shown, shown
+    assert f"{run}: http://head:5000/#/experiments/1/runs/abc" in shown
+
+
 def test_a_chain_that_slurm_takes_only_a_part_of_is_taken_back(desk: Desk) -> None:
     fake(
         desk.bin,
