@@ -61,13 +61,15 @@ def preflight(config: Path, seconds: int) -> None:
 
 
 def _see_shards(config: Config) -> None:
-    from pretrain.data import open_dataset
+    """Open what the training will, and read a little of it."""
+    from pretrain.data import open_dataset, open_training
 
-    for source in (config.data.train, config.data.val):
-        if source is not None:
-            for path in open_dataset(source.shards).paths[:1]:
-                with Path(path).open("rb") as file:
-                    file.read(512)
+    datasets = [open_training(config.data.train)]
+    if config.data.val is not None:
+        datasets.append(open_dataset(config.data.val.shards))
+    for dataset in datasets:
+        with Path(dataset.paths[0]).open("rb") as file:
+            file.read(512)
 
 
 def _see_device(place: world.World) -> None:

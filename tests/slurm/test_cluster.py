@@ -166,7 +166,7 @@ def preemption(site: Site) -> None:
 
 
 def time_limit_twice(site: Site) -> None:
-    profile = site.profile("limit", {"HOLD_RESTARTS": 2, "HOLD_STEP": 3}, time=1, signal_seconds=45)
+    profile = site.profile("limit", {"HOLD_RESTARTS": 2, "HOLD_STEP": 3}, time=1, signal_seconds=20)
     (job,) = site.submit("submit", site.write(site.config("limit")), "--profile", profile)
     restarts = int(site.ends(job)["Restarts"])
     assert restarts >= 2  # more on a machine so busy that a third minute is not enough
