@@ -124,14 +124,15 @@ def _failures(run: Path | None) -> tuple[Failure, ...]:
 
 
 def _attempts(path: Path, job: str) -> list[Attempt]:
-    """Earlier attempts of this very job: one that was submitted anew starts with a clean sheet."""
+    """Earlier attempts of this very job that count: one that was submitted anew starts with a clean sheet, and what
+    Slurm ended (a job that stopped of its own goes no further) is nobody's fault."""
     names = Attempt.__dataclass_fields__
     attempts = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             facts: dict[str, Any] = json.loads(line)
             failures = tuple(Failure(**failure) for failure in facts["failures"])
-            if facts["job"] == job:
+            if facts["job"] == job and facts["action"] != "stop":
                 known = {name: facts[name] for name in names}
                 attempts.append(Attempt(**(known | {"failures": failures})))
         except (ValueError, TypeError, KeyError):

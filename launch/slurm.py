@@ -163,6 +163,7 @@ def chain(
 def status(run: Path) -> None:
     """Show how the chain that the run directory RUN belongs to stands."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from launch.progress import chain_of, duration, stage_of
@@ -174,7 +175,7 @@ def status(run: Path) -> None:
         if stage is None:
             continue
         table.add_row(
-            stage.run,
+            escape(stage.run),
             stage.kind,
             str(stage.job_id),
             stage.state,

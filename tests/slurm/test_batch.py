@@ -195,6 +195,15 @@ def test_deaths_are_counted_over_restarts_and_end(tmp_path: Path) -> None:
     assert [json.loads(line)["restart"] for line in lines] == [0, 1, 2, 3]
 
 
+def test_what_slurm_ended_is_not_held_against_the_run(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, ["kill -KILL $$"])
+    stage.slurm(state="COMPLETING")
+    assert [stage.starts(restart) for restart in range(5)] == [ENDED_BY_SLURM] * 5
+    stage.slurm()
+    assert stage.starts(5) == 85
+    assert REQUEUE in stage.asked_of_slurm()
+
+
 def test_a_user_s_mistake_ends_the_job_with_its_own_code(tmp_path: Path) -> None:
     stage = Stage(tmp_path, [])
     words = "a shard is missing: $(touch canary) 'x'"

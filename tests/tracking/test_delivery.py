@@ -34,6 +34,7 @@ def test_every_point_arrives_once_and_again_changes_nothing(write, database):
     assert progress.count_unsent(run_dir) == 0
     assert drain(run_dir, database, from_start=True).points("train/loss") == expected
     assert len(stored.run_ids) == 1
+    assert (progress.read_page(run_dir) or "").endswith(f"/runs/{stored.run_ids[0]}")
 
 
 def test_a_lost_note_of_progress_doubles_nothing(write, database):

@@ -13,6 +13,7 @@ from test_bad_input import write
 from test_resume import TOTAL, config
 
 from pretrain.checkpoint import checkpoints
+from pretrain.train import UNDER_BATCH_SCRIPT
 
 TORCHRUN = (
     sys.executable,
@@ -71,6 +72,25 @@ def test_plain_python_stopped_by_ctrl_c_exits_75_and_goes_on(digits: Path, tmp_p
     assert "the same command goes on from there" in words
     assert subprocess.run([*TRAIN, path], capture_output=True).returncode == 0
     assert status(tmp_path / "run")["step"] == TOTAL
+
+
+def test_a_signal_during_the_imports_is_not_lost_and_our_batch_script_hears_0(
+    digits: Path, tmp_path: Path
+) -> None:
+    path = write(config(tmp_path / "run", digits), tmp_path)
+    log = tmp_path / "run" / "logs" / "rank_0.log"
+    environment = os.environ | {UNDER_BATCH_SCRIPT: "1"}
+    with subprocess.Popen([*TRAIN, path], env=environment, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not log.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)  # torch alone takes seconds from here
+        process.send_signal(signal.SIGUSR1)
+        _, words = process.communicate(timeout=120)
+    assert process.returncode == 0, words
+    stopped = status(tmp_path / "run")
+    assert stopped["status"] == "interrupted"
+    assert stopped["step"] in range(1, 4)
 
 
 def test_evaluate_needs_nothing_of_the_training_s_length(digits: Path, tmp_path: Path) -> None:
