@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from pretrain.config import Config, dump, load
 from pretrain.errors import RunDirError
 
 ROOT = Path(__file__).parents[2]
+MINE, OTHER = secrets.token_hex(), secrets.token_hex()
 
 
 class Desk:
@@ -51,8 +54,8 @@ class Desk:
             env=os.environ
             | {"PATH": f"{self.bin}:/usr/bin:/bin", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
             | {
-                "MY_TOKEN": "canary-1",
-                "OTHER_TOKEN": "canary-2",
+                "MY_TOKEN": MINE,
+                "OTHER_TOKEN": OTHER,
                 "SBATCH_PARTITION": "evil",
                 "SLURM_JOB_ID": "7",
             },
@@ -88,10 +91,10 @@ def test_a_job_leaves_its_config_its_code_and_its_script(desk: Desk) -> None:
 def test_the_job_s_environment_is_what_was_named_and_secrets_are_written_nowhere(desk: Desk) -> None:
     desk.call("submit", desk.first)
     seen = dict(line.partition("=")[::2] for line in (desk.bin / "env").read_text().splitlines())
-    assert seen["MY_TOKEN"] == "canary-1"
+    assert seen["MY_TOKEN"] == MINE
     assert not {"OTHER_TOKEN", "SBATCH_PARTITION", "SLURM_JOB_ID", "PYTHONPATH"} & seen.keys()
     for path in (desk.folder / "runs").rglob("*"):
-        assert path.is_dir() or "canary" not in path.read_text()
+        assert path.is_dir() or not {MINE, OTHER} & set(re.findall(r"\w+", path.read_text()))
 
 
 def test_one_run_has_one_living_job(desk: Desk) -> None:
