@@ -153,6 +153,7 @@ class StepFacts(NamedTuple):
     loss_sum: float
     stops: float
     wait_seconds: float
+    bad_samples: float
 
 
 class StepExchange:
@@ -165,10 +166,12 @@ class StepExchange:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._copied: deque[tuple[int, torch.Tensor, torch.cuda.Event | None, bool, float]] = deque()
+        self._copied: deque[tuple[int, torch.Tensor, torch.cuda.Event | None, tuple[float, ...]]] = deque()
         self._summed: deque[tuple[int, torch.Tensor, Any]] = deque()
 
-    def push(self, step: int, loss_sum: torch.Tensor, *, stop: bool, wait_seconds: float) -> StepFacts | None:
+    def push(
+        self, step: int, loss_sum: torch.Tensor, *, stop: bool, wait_seconds: float, bad_samples: int
+    ) -> StepFacts | None:
         """Add this rank's facts of `step`; returns those of an earlier step once all ranks' are in."""
         event = None
         host = loss_sum.detach()
@@ -177,7 +180,7 @@ class StepExchange:
             host.copy_(loss_sum.detach(), non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
-        self._copied.append((step, host, event, stop, wait_seconds))
+        self._copied.append((step, host, event, (float(stop), wait_seconds, float(bad_samples))))
         if len(self._copied) > 1:
             self._start_sum()
         return self._finish_sum() if len(self._summed) > 1 else None
@@ -192,10 +195,10 @@ class StepExchange:
         return facts
 
     def _start_sum(self) -> None:
-        step, host, event, stop, wait_seconds = self._copied.popleft()
+        step, host, event, others = self._copied.popleft()
         if event is not None:
             event.synchronize()
-        facts = torch.tensor([host.item(), float(stop), wait_seconds], dtype=torch.float64)
+        facts = torch.tensor([host.item(), *others], dtype=torch.float64)
         self._summed.append((step, facts, dist.all_reduce(facts, group=self._ranks.control, async_op=True)))
 
     def _finish_sum(self) -> StepFacts:

@@ -21,6 +21,15 @@ class DataError(UserError):
     exit_code = 3
 
 
+class BadSampleError(DataError):
+    """The bytes are the ones that were packed, and yet no picture can be made of them, or their label is no class."""
+
+    def __init__(self, reason: str, where: str = "", key: str = "") -> None:
+        """where: shard and number of the sample, key: its name, where they are known."""
+        super().__init__(f"{where} ({key}): {reason}" if where else reason)
+        self.reason, self.key = reason, key
+
+
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or does not fit the run that asked for it."""
 

@@ -5,7 +5,8 @@ plan.json     the resolved plan of the latest attempt
 status.json   how the run stands: running, interrupted, finished or failed, at which step, with which scores
 handoff.json  where `init.from` is set: the checkpoint that was taken, and what became of each weight
 metrics.jsonl, tracking/   the journal and its delivery to MLflow
-logs/         one file per rank
+quarantine.jsonl   the bad samples that were replaced, where there are any; see `pretrain.data.quarantine`
+logs/         one file per rank, and what each rank set aside
 checkpoints/  see `pretrain.checkpoint`
 """
 

@@ -18,6 +18,7 @@ from pretrain.config.idle import idle_settings
 from pretrain.config.resume import adapted, changed_keys, changed_numbers, flatten
 from pretrain.data import Dataset, facts, open_dataset, open_training
 from pretrain.data.loader import EvalLoader, TrainLoader
+from pretrain.data.quarantine import REPORT, Quarantine
 from pretrain.data.state import check_continues, data_state
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
@@ -105,6 +106,7 @@ def run_stage(
             engine=engine,
             batches=batches,
             validation=validation,
+            quarantine=Quarantine(directory, ranks.rank, config.data.max_bad_share),
             meter=_meter(config, plan, ranks, start),
             run_dir=directory,
             data_state=lambda step: data_state(step, plan, config.run.seed),
@@ -238,8 +240,9 @@ def _conclude(outcome: Outcome, directory: Path, tracker: Tracker) -> None:
         scores=outcome.scores,
         best=outcome.best,
     )
-    for name in (run_dir.CONFIG, run_dir.PLAN, run_dir.STATUS):
-        tracker.artifact(Path(name))
+    for name in (run_dir.CONFIG, run_dir.PLAN, run_dir.STATUS, REPORT):
+        if (directory / name).is_file():
+            tracker.artifact(Path(name))
     if outcome.status == "finished":
         log.info(
             "finished at step %d; next: pretrain evaluate %s, pretrain export %s",

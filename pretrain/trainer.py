@@ -18,7 +18,8 @@ from pretrain.checkpoint import checkpoints
 from pretrain.checkpoint.layout import folder_of
 from pretrain.checkpoint.save import Content, mark_best, prune, save
 from pretrain.config import Config, Plan
-from pretrain.data.state import source_epochs
+from pretrain.data.quarantine import BadSample, Quarantine
+from pretrain.data.state import distinct_seen, source_epochs
 from pretrain.distributed import Ranks, StepExchange, StepFacts
 from pretrain.engine import Engine
 from pretrain.logs import log
@@ -37,6 +38,9 @@ class TrainBatches(Protocol):
 
     def steps(self, first_step: int) -> Iterator[Sequence[Batch]]:
         """For each step from `first_step` on, without end, the micro-batches of this rank."""
+
+    def take_bad(self) -> Sequence[BadSample]:
+        """Bad samples that were replaced in the steps handed out since the last call."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Trainer:
         engine: Engine,
         batches: TrainBatches,
         validation: Callable[[], Iterable[Batch]] | None,
+        quarantine: Quarantine,
         meter: Meter,
         run_dir: Path,
         data_state: Callable[[int], Mapping[str, Any]],
@@ -82,6 +87,7 @@ class Trainer:
         self.engine = engine
         self.batches = batches
         self.validation = validation
+        self.quarantine = quarantine
         self.meter = meter
         self.run_dir = run_dir
         self.data_state = data_state
@@ -90,6 +96,7 @@ class Trainer:
         self.step = start.step
         progress = dict(start.progress or {})
         self.skipped_steps = int(progress.get("skipped_steps", 0))
+        self.bad_samples = int(progress.get("bad_samples", 0))
         self.first_scores: dict[str, float] = dict(progress.get("first_scores", {}))
         self.scores: dict[str, float] = dict(progress.get("scores", {}))
         self.best: dict[str, float] = dict(progress.get("best", {}))
@@ -98,7 +105,11 @@ class Trainer:
         self._stop_agreed = False
 
     def run(self) -> Outcome:
-        """Train to the plan's last step, or until a signal asked to stop; either way the end is checkpointed."""
+        """Train to the plan's last step, or until a signal asked to stop; either way the end is checkpointed.
+
+        Raises `DataError` on all ranks, after a checkpoint, where more samples are bad than the error budget allows.
+        """
+        self.quarantine.check(self.bad_samples, self._distinct_seen())
         if self.ranks.is_main:
             self._point_at_best()
         if self.step == 0 and self.config.init is not None and self.validation is not None:
@@ -120,6 +131,7 @@ class Trainer:
         finished = self.step >= self.plan.total_steps
         if saved_at != self.step:
             self._save(best=False)
+        self.quarantine.check(self.bad_samples, self._distinct_seen())
         return Outcome(
             "finished" if finished else "interrupted", self.step, self.first_scores, self.scores, self.best
         )
@@ -131,14 +143,24 @@ class Trainer:
         self.skipped_steps += not output.applied
         self._last_step = {"train/lr": lr, "train/grad_norm": output.grad_norm}
         waited, self._waited = self.batches.wait_seconds - self._waited, self.batches.wait_seconds
-        facts = self._exchange.push(self.step, output.loss_sum, stop=bool(self.stop), wait_seconds=waited)
+        bad = self.quarantine.record(self.batches.take_bad())
+        facts = self._exchange.push(
+            self.step, output.loss_sum, stop=bool(self.stop), wait_seconds=waited, bad_samples=bad
+        )
         if facts is not None:
             self._learn([facts])
 
     def _learn(self, facts: Sequence[StepFacts]) -> None:
         """Take in what all ranks now know of earlier steps."""
         self.meter.add(facts)
-        self._stop_agreed = self._stop_agreed or any(fact.stops > 0 for fact in facts)
+        self.bad_samples += round(sum(fact.bad_samples for fact in facts))
+        over_budget = self.bad_samples > 0 and not self.quarantine.allows(
+            self.bad_samples, self._distinct_seen()
+        )
+        self._stop_agreed = self._stop_agreed or over_budget or any(fact.stops > 0 for fact in facts)
+
+    def _distinct_seen(self) -> int:
+        return distinct_seen(self.step, self.plan, self.config.run.seed)
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.plan.total_steps
@@ -151,6 +173,7 @@ class Trainer:
             "train/epoch": self.step * self.plan.global_batch / self.plan.train_samples,
             "train/samples": self.step * self.plan.global_batch,
             "train/skipped_steps": self.skipped_steps,
+            "data/bad_samples": self.bad_samples,
         }
         if len(self.plan.sources) > 1 or self.plan.repeats > 1:  # else it is the epoch
             passes = source_epochs(self.step, self.plan, self.config.run.seed)
@@ -199,6 +222,7 @@ class Trainer:
                     if best:
                         mark_best(self.run_dir, folder)
                     prune(self.run_dir, self.config.checkpoint.keep, self.step)
+                    self.quarantine.merge()
             self._track({"perf/save_seconds": time.perf_counter() - began})
 
     def _point_at_best(self) -> None:
@@ -216,6 +240,7 @@ class Trainer:
             progress=self.meter.state()
             | {
                 "skipped_steps": self.skipped_steps,
+                "bad_samples": self.bad_samples,
                 "first_scores": self.first_scores,
                 "scores": self.scores,
                 "best": self.best,

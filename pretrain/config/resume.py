@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "data.cache_dir",
     "data.cache_gib",
     "data.read_timeout_seconds",
+    "data.max_bad_share",
     "checkpoint",
     "tracking",
     "run.dir",

@@ -232,6 +232,10 @@ class DataConfig(Section):
     )
     prefetch_steps: Positive = Field(2, description="steps that are decoded ahead")
     max_pixels: Positive = Field(89_478_485, description="an image whose header says more is refused unread")
+    max_bad_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        1e-4,
+        description="share of the training samples that may be bad and are replaced (10 may in any case); 0: none may",
+    )
     lanes: Annotated[int, Field(ge=1, lt=2**20)] | None = Field(
         None,
         description="canonical lanes of the sample order; must divide the global batch / repeats; none: chosen",

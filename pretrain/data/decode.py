@@ -5,6 +5,7 @@ GIL; what that refuses, and every other file, by Pillow. `docs/images.md` has th
 """
 
 import io
+import re
 import struct
 
 import numpy as np
@@ -12,12 +13,13 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
-from pretrain.errors import DataError
+from pretrain.errors import BadSampleError
 
 Pixels = npt.NDArray[np.uint8]
 """uint8 [height, width, channels], rows of one memory block; 3 channels are RGB, 1 is greyscale."""
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+_OBJECT = re.compile(r"<_io.BytesIO object[^>]*>")
 _ORIENTATION = 0x0112
 _SHORT = 3
 _TURNS = {
@@ -30,10 +32,6 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF 2.3, tag Orientation: what brings the picture upright."""
-
-
-class BadSampleError(DataError):
-    """The bytes are the ones that were packed, and yet no picture can be made of them, or its label is no class."""
 
 
 def decode(data: memoryview | bytes, in_chans: int, max_pixels: int) -> Pixels:
@@ -72,7 +70,7 @@ def _decode_by_pillow(data: memoryview | bytes, in_chans: int, max_pixels: int) 
             image.load()
             turn = _TURNS.get(_orientation(image))
             return _pixels(_eight_bits(image).convert("RGB" if in_chans == 3 else "L"), turn)
-    except DataError:
+    except BadSampleError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged bytes
         raise BadSampleError(f"not decodable as {', '.join(FORMATS)}: {_first_line(error)}") from None
@@ -139,4 +137,6 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].replace("<_io.BytesIO object", "<bytes")[:200]
+    """Without the address of the bytes: the same damage is told in the same words each time."""
+    words = (str(error) or type(error).__name__).splitlines()[0]
+    return _OBJECT.sub("the bytes", words)[:200]

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from pretrain.data.decode import FORMATS, BadSampleError
+from pretrain.data.decode import FORMATS
+from pretrain.errors import BadSampleError
 
 SUFFIX_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 

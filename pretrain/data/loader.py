@@ -31,6 +31,7 @@ from pretrain.data.buffers import Ring
 from pretrain.data.dataset import Dataset
 from pretrain.data.fill import Filler
 from pretrain.data.order import Rows, evaluation_slice
+from pretrain.data.quarantine import BadSample
 from pretrain.data.state import planned_order
 from pretrain.data.workers import make_workers
 from pretrain.draws import IntArray
@@ -45,14 +46,14 @@ class _Coming:
 
     batch: Batch
     num_filled: int
-    jobs: list["Future[None]"]
+    jobs: list["Future[list[BadSample]]"]
 
-    def wait(self) -> Batch:
-        for job in self.jobs:
-            job.result()
+    def wait(self) -> tuple[Batch, list[BadSample]]:
+        """The batch, and what was replaced in it."""
+        bad = [found for job in self.jobs for found in job.result()]
         for tensor in (self.batch.images, self.batch.labels):
             tensor[self.num_filled :] = tensor[self.num_filled - 1]
-        return self.batch
+        return self.batch, bad
 
     def cancel(self) -> None:
         for job in self.jobs:
@@ -70,8 +71,10 @@ class _Loader:
         plan: Plan,
         make_view: Callable[[], TrainView | EvalView],
         ahead: int,
+        *,
+        replace_bad: bool,
     ) -> None:
-        """ahead: requests that are under way while the caller uses one; with no thread, none is."""
+        """ahead: requests that are under way while the caller uses one; with no thread, none is. Others: see `Filler`."""
         num_threads = cores_given() if data.decode_threads == "auto" else data.decode_threads
         self._ahead = ahead if num_threads else 0
         self._pinned = plan.device == "cuda"
@@ -81,8 +84,9 @@ class _Loader:
             pinned=self._pinned,
             keep=(data.prefetch_steps + 2) * plan.accumulation,
         )
-        make_filler = partial(Filler, dataset, data, model, plan, make_view)
+        make_filler = partial(Filler, dataset, data, model, plan, make_view, replace_bad=replace_bad)
         self._workers = make_workers(data.workers, make_filler, num_threads, shape)
+        self._bad: list[BadSample] = []
         self.wait_seconds = 0.0
         """Time that the consumer has waited for data, since the loader was made."""
 
@@ -97,12 +101,15 @@ class _Loader:
                     coming.append([self._start(rows, counts) for rows, counts in request])
                 if not coming:
                     return
-                batches = [batch.wait() for batch in coming.popleft()]
+                batches = []
+                for batch, bad in [started.wait() for started in coming.popleft()]:
+                    batches.append(batch)
+                    self._bad += bad
                 self.wait_seconds += time.perf_counter() - began
                 yield batches
         finally:
-            for batch in (batch for request in coming for batch in request):
-                batch.cancel()
+            for started in (started for request in coming for started in request):
+                started.cancel()
 
     def _start(self, rows: Rows, counts: BoolArray) -> _Coming:
         """Begin a batch of these rows; counts: bool [b], false where a row at the end is padding."""
@@ -142,7 +149,8 @@ class TrainLoader(_Loader):
     ) -> None:
         """plan: made for this data set; seed: of the order and of every draw. Starts threads: close it."""
         make_view = partial(TrainView, data.augment, model, data.interpolation, seed)
-        super().__init__(dataset, data, model, plan, make_view, data.prefetch_steps)
+        replace_bad = data.max_bad_share > 0
+        super().__init__(dataset, data, model, plan, make_view, data.prefetch_steps, replace_bad=replace_bad)
         self._plan, self._slice = plan, plan.slice_of(rank)
         self._order = planned_order(dataset, plan, seed)
 
@@ -153,6 +161,11 @@ class TrainLoader(_Loader):
         at its end repeat its last sample with weight 0. Raises `DataError` from whatever thread it happened in.
         """
         return self._stream(self._requests(first_step))
+
+    def take_bad(self) -> list[BadSample]:
+        """Bad samples that were replaced in the steps handed out since the last call."""
+        taken, self._bad = self._bad, []
+        return taken
 
     def _requests(self, step: int) -> Iterator[list[tuple[Rows, BoolArray]]]:
         plan = self._plan
@@ -176,7 +189,8 @@ class EvalLoader(_Loader):
     ) -> None:
         """Batches have `plan.micro_batch` rows. Starts threads: close it."""
         make_view = partial(EvalView, data.val_crop, data.interpolation)
-        super().__init__(dataset, data, model, plan, make_view, data.prefetch_steps * plan.accumulation)
+        ahead = data.prefetch_steps * plan.accumulation
+        super().__init__(dataset, data, model, plan, make_view, ahead, replace_bad=False)
         self._dataset = dataset
         self._number, self._counts = evaluation_slice(len(dataset), rank, plan.world_size, plan.micro_batch)
 

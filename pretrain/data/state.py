@@ -45,6 +45,12 @@ def source_epochs(step: int, plan: Plan, seed: int) -> dict[str, float]:
     return {s.name: samples / s.samples for s, (_, _, samples) in zip(plan.sources, given, strict=True)}
 
 
+def distinct_seen(step: int, plan: Plan, seed: int) -> int:
+    """How many of the training samples have come at least once after `step` steps."""
+    given = data_state(step, plan, seed)["sources"]
+    return sum(min(samples, s.samples) for s, (_, _, samples) in zip(plan.sources, given, strict=True))
+
+
 def check_continues(before: Mapping[str, Any], plan: Plan, seed: int, dataset: Dataset, where: str) -> None:
     """Raise where training from the state `before`, found at `where`, would not see the samples that were to follow."""
     now = data_state(0, plan, seed)

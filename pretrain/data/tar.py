@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from pretrain.data.index import BLOCK
-from pretrain.errors import DataError
+from pretrain.errors import BadSampleError, DataError
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 LABEL_SUFFIX = "cls"
@@ -44,7 +44,11 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def parse_sample(data: bytes | memoryview, where: str) -> Sample:
-    """The sample in the byte range `data` of a tar; raises `DataError`, beginning with `where`."""
+    """The sample in the byte range `data` of a tar.
+
+    Raises, beginning with `where`: `BadSampleError` where it does not hold one image and one label, `DataError` where
+    the bytes are no members of a tar.
+    """
     key, image, label = "", None, None
     for name, content in members(data, where):
         parts = split_name(name)
@@ -53,14 +57,14 @@ def parse_sample(data: bytes | memoryview, where: str) -> Sample:
         key, suffix = parts
         if suffix in IMAGE_SUFFIXES:
             if image is not None:
-                raise DataError(f"{where} ({key}): holds two images; a sample has one")
+                raise BadSampleError("holds two images; a sample has one", where, key)
             image = content
         elif suffix == LABEL_SUFFIX:
-            label = _parse_label(content, f"{where} ({key})")
+            label = _parse_label(content, where, key)
     if image is None:
-        raise DataError(f"{where} ({key}): holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise BadSampleError(f"holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})", where, key)
     if label is None:
-        raise DataError(f"{where} ({key}): holds no label (.{LABEL_SUFFIX})")
+        raise BadSampleError(f"holds no label (.{LABEL_SUFFIX})", where, key)
     return Sample(key, image, label)
 
 
@@ -117,10 +121,12 @@ def _members_by_tarfile(data: bytes, where: str) -> Iterator[tuple[str, memoryvi
         raise DataError(f"{where}: not readable as tar: {error}") from None
 
 
-def _parse_label(content: memoryview, where: str) -> int:
+def _parse_label(content: memoryview, where: str, key: str) -> int:
     match = _LABEL.fullmatch(content)
     if match is None:
-        raise DataError(
-            f"{where}: the label is {bytes(content[:20])!r}; a class index such as 7 is needed as decimal text"
+        raise BadSampleError(
+            f"the label is {bytes(content[:20])!r}; a class index such as 7 is needed as decimal text",
+            where,
+            key,
         )
     return int(match[1])

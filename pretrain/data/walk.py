@@ -13,7 +13,8 @@ import numpy as np
 
 from pretrain.data.index import BLOCK, ROW, ShardIndex
 from pretrain.data.tar import members, padded, parse_sample, split_name
-from pretrain.errors import DataError
+from pretrain.errors import BadSampleError, DataError
+from pretrain.logs import log
 
 MAX_SAMPLE_BYTES = 256 * 2**20
 MAX_HEADER_BYTES = 2**20
@@ -31,10 +32,10 @@ class _Range:
 
 
 def scan(path: Path) -> ShardIndex:
-    """Index one tar.
+    """Index one tar. Samples without an image or a label are indexed with a warning; training replaces them.
 
     Raises `DataError` naming it where it is cut short or damaged, where members of a sample do not stand together or
-    occur twice, where a name leads out of its folder, and where a sample lacks an image or an integer label.
+    occur twice, where a name leads out of its folder, and where no sample has both an image and an integer label.
     """
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -43,11 +44,18 @@ def scan(path: Path) -> ShardIndex:
         if not ranges:
             raise DataError(f"{path}: holds no sample; remove the file")
         table = np.empty(len(ranges), ROW)
-        labels = []
+        labels, bad = [], []
         for i, sample in enumerate(ranges):
             data = os.pread(file.fileno(), sample.stop - sample.start, sample.start)
             table[i] = sample.start // BLOCK, len(data), zlib.crc32(data)
-            labels.append(_check_sample(data, sample, f"{path}, sample {i}"))
+            try:
+                labels.append(_check_sample(data, sample, f"{path}, sample {i}"))
+            except BadSampleError as error:
+                bad.append(error)
+        if not labels:
+            raise DataError(f"{path}: none of its {len(ranges):,} samples is usable; the first: {bad[0]}")
+        if bad:
+            log.warning("%s: %d of %d samples are bad; the first: %s", path, len(bad), len(ranges), bad[0])
         return ShardIndex(table, os.fstat(file.fileno()).st_size, sha256, (min(labels), max(labels)))
 
 

@@ -28,6 +28,7 @@ import torch
 
 from pretrain.data.fill import Filler
 from pretrain.data.order import Rows
+from pretrain.data.quarantine import BadSample
 from pretrain.draws import IntArray
 from pretrain.errors import DataError, UserError
 
@@ -41,8 +42,11 @@ R = TypeVar("R")
 class Workers(Protocol):
     """What a loader asks of them."""
 
-    def start(self, rows: Rows, images: Images, labels: IntArray) -> list["Future[None]"]:
-        """Begin to fill images uint8 [n, H, W, C] and labels int64 [n]; they are filled when all futures are done."""
+    def start(self, rows: Rows, images: Images, labels: IntArray) -> list["Future[list[BadSample]]"]:
+        """Begin to fill images uint8 [n, H, W, C] and labels int64 [n]; they are filled when all futures are done.
+
+        A future's result is what had to be replaced.
+        """
 
     def announced(self, requests: Iterator[R], rows_of: Callable[[R], Iterable[Rows]]) -> Iterator[R]:
         """The same requests, read ahead where the reader is at hand: it is told of their rows before they are due."""
@@ -69,9 +73,10 @@ class InCaller:
     def __init__(self, filler: Filler) -> None:
         self._filler = filler
 
-    def start(self, rows: Rows, images: Images, labels: IntArray) -> list["Future[None]"]:
-        self._filler.fill(rows, images, labels)
-        return []
+    def start(self, rows: Rows, images: Images, labels: IntArray) -> list["Future[list[BadSample]]"]:
+        done: Future[list[BadSample]] = Future()
+        done.set_result(self._filler.fill(rows, images, labels))
+        return [done]
 
     def announced(self, requests: Iterator[R], rows_of: Callable[[R], Iterable[Rows]]) -> Iterator[R]:
         return requests
@@ -85,7 +90,7 @@ class Threads:
         self._filler = filler
         self._threads = _single_threaded(num_threads)
 
-    def start(self, rows: Rows, images: Images, labels: IntArray) -> list["Future[None]"]:
+    def start(self, rows: Rows, images: Images, labels: IntArray) -> list["Future[list[BadSample]]"]:
         return [
             self._threads.submit(self._filler.fill, _part(rows, part), images[part], labels[part])
             for part in _parts(len(labels))
@@ -103,7 +108,7 @@ class _Job(NamedTuple):
     rows: Rows
     images: Images
     labels: IntArray
-    done: "Future[None]"
+    done: "Future[list[BadSample]]"
 
 
 class Child:
@@ -134,7 +139,7 @@ class Child:
         self._listener.start()
         atexit.register(self._requests.close)  # multiprocessing would wait for a child that nobody has closed
 
-    def start(self, rows: Rows, images: Images, labels: IntArray) -> list["Future[None]"]:
+    def start(self, rows: Rows, images: Images, labels: IntArray) -> list["Future[list[BadSample]]"]:
         jobs = [_Job(_part(rows, p), images[p], labels[p], Future()) for p in _parts(len(labels))]
         with self._lock:
             self._waiting.extend(jobs)

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 
-from pretrain.data.decode import BadSampleError, decode
+from pretrain.data.decode import decode
+from pretrain.errors import BadSampleError
 
 LIMIT = 10_000
 

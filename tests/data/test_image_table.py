@@ -13,7 +13,8 @@ from sklearn.datasets import load_sample_images
 
 from pretrain.config import AugmentConfig, ModelConfig
 from pretrain.data.augment import EvalView, TrainView, random_resized_box
-from pretrain.data.decode import BadSampleError, decode
+from pretrain.data.decode import decode
+from pretrain.errors import BadSampleError
 
 TABLE = (Path(__file__).parents[2] / "docs" / "images.md").read_text()
 PHOTOS = [Image.fromarray(photo) for photo in load_sample_images().images]  # 427 x 640

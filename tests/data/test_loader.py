@@ -268,10 +268,10 @@ def two_samples(folder: Path, second: bytes | None = None, label: int = 1) -> Da
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_an_undecodable_picture_names_shard_key_and_reason(tmp_path, threads):
+def test_without_a_budget_an_undecodable_picture_names_shard_key_and_reason(tmp_path, threads):
     dataset = two_samples(tmp_path, second=b"<html>")
-    loader = train_loader(dataset, decode_threads=threads, batch=4)
-    with loader, pytest.raises(DataError, match=r"a\.tar, y: not decodable"):
+    loader = train_loader(dataset, decode_threads=threads, batch=4, max_bad_share=0.0)
+    with loader, pytest.raises(DataError, match=r"a\.tar, sample 1 \(y\): not decodable"):
         list(islice(loader.steps(0), 3))
     assert no_decode_threads()
 
@@ -279,16 +279,16 @@ def test_an_undecodable_picture_names_shard_key_and_reason(tmp_path, threads):
 @pytest.mark.parametrize("threads", [0, 2])
 def test_a_picture_over_the_pixel_limit_is_refused_in_training(tmp_path, threads):
     dataset = two_samples(tmp_path, second=picture(0, 300, 300))
-    loader = train_loader(dataset, decode_threads=threads, batch=4, max_pixels=10_000)
-    with loader, pytest.raises(DataError, match=r"a\.tar, y: 300 x 300 pixels"):
+    loader = train_loader(dataset, decode_threads=threads, batch=4, max_pixels=10_000, max_bad_share=0.0)
+    with loader, pytest.raises(DataError, match=r"a\.tar, sample 1 \(y\): 300 x 300 pixels"):
         next(loader.steps(0))
 
 
 def test_a_label_out_of_range_is_refused_at_read_too(tmp_path):
     dataset = two_samples(tmp_path, label=3)
     with (
-        train_loader(dataset, num_classes=3, batch=4) as loader,
-        pytest.raises(DataError, match="y: label 3"),
+        train_loader(dataset, num_classes=3, batch=4, max_bad_share=0.0) as loader,
+        pytest.raises(DataError, match=r"sample 1 \(y\): label 3"),
     ):
         next(loader.steps(0))
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import PIL
 
-from pretrain.data.decode import BadSampleError
 from pretrain.data.header import SUFFIX_OF, read_header
 from pretrain.data.index import index_path
 from pretrain.data.manifest import Shard
@@ -20,7 +19,7 @@ from pretrain.data.pack.shrink import shrink
 from pretrain.data.pack.source import Item, Part, digest
 from pretrain.data.pool import Advance
 from pretrain.data.scan import Indexed, index_tar, write_aside
-from pretrain.errors import DataError
+from pretrain.errors import BadSampleError, DataError
 
 FORMAT = 1
 """Of what is written; another number, and nothing of an older attempt is kept."""
