@@ -6,6 +6,7 @@ system. The page cache holds the blocks; nothing else does.
 """
 
 import hashlib
+import mmap
 import os
 import threading
 import zlib
@@ -22,10 +23,13 @@ from pretrain.data.tar import Sample, parse_sample
 from pretrain.data.urls import folder_of
 from pretrain.draws import IntArray
 from pretrain.errors import DataError
+from pretrain.logs import log
 
 MAX_OPEN = 512
 """Half of the usual limit of 1,024 descriptors a process."""
 _MAX_ANNOUNCED = 4096
+REREADS = 3
+"""Further reads of a sample whose checksum does not match, before that is an error."""
 
 
 class LocalReader:
@@ -113,15 +117,33 @@ class _OpenShard:
         for number in range(first, stop):
             begin = int(self._start[number]) - start
             content = data[begin : begin + int(self._length[number])]
-            where = f"{self._path}, sample {number}"
-            if zlib.crc32(content) != int(self._index.table["crc32"][number]):
-                raise DataError(
-                    f"{where}: its bytes are not those that were indexed (checksum)\n"
-                    "  The file or the way to it is damaged. Bring the shard back from its source and start again;\n"
-                    f"  if it was changed on purpose: {remedy(self._path.parent)}"
-                )
-            samples.append(parse_sample(content, where))
+            samples.append(parse_sample(self._sound(number, content), f"{self._path}, sample {number}"))
         return samples
+
+    def _sound(self, number: int, content: memoryview) -> memoryview:
+        """`content` if its checksum is the index's; else what another read finds, past the system's copy in memory."""
+        start, length = int(self._start[number]), int(self._length[number])
+        stated = int(self._index.table["crc32"][number])
+        for _ in range(REREADS):
+            if zlib.crc32(content) == stated:
+                return content
+            log.warning("%s, sample %d: its checksum does not match; reading it again", self._path, number)
+            self._drop_cached(start, start + length)
+            content = memoryview(self._pread(length, start))
+        if zlib.crc32(content) != stated:
+            raise DataError(
+                f"{self._path}, sample {number}: its bytes are not those that were indexed (checksum), "
+                f"read {REREADS + 1} times\n"
+                "  The file or the way to it is damaged. Bring the shard back from its source and start again;\n"
+                f"  if it was changed on purpose: {remedy(self._path.parent)}"
+            )
+        return content
+
+    def _drop_cached(self, start: int, stop: int) -> None:
+        """Whole pages only: the system keeps what is asked for in part."""
+        start = start // mmap.PAGESIZE * mmap.PAGESIZE
+        stop = -(-stop // mmap.PAGESIZE) * mmap.PAGESIZE
+        os.posix_fadvise(self._fd, start, stop - start, os.POSIX_FADV_DONTNEED)
 
     def _pread(self, length: int, start: int) -> bytes:
         """`length` bytes from `start`, in as many reads as the system takes."""

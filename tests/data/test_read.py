@@ -1,6 +1,9 @@
 """Ranged reads: the samples that were packed, or an error that names the shard. Never anything else."""
 
+import ctypes
+import mmap
 import os
+import subprocess
 import tarfile
 import threading
 from pathlib import Path
@@ -145,6 +148,55 @@ def test_every_flipped_bit_in_a_sample_is_noticed(copied):
         tar.write_bytes(damaged)
         with pytest.raises(DataError, match=r"train-000000\.tar, sample \d+: its bytes are not those"):
             read_all(dataset, numbers)
+
+
+@pytest.mark.parametrize("failures", [1, read.REREADS])
+def test_a_bit_that_flips_on_the_way_is_read_again(train_set, monkeypatch, caplog, failures):
+    """What a bad cable does: the file is sound, and some reads of it are not."""
+    whole = plain(read_all(train_set))
+    left = failures
+
+    def flipping(descriptor: int, length: int, start: int, real=os.pread) -> bytes:
+        nonlocal left
+        data = bytearray(real(descriptor, length, start))
+        if left:
+            left -= 1
+            data[600] ^= 1
+        return bytes(data)
+
+    monkeypatch.setattr(read.os, "pread", flipping)
+    assert plain(read_all(train_set)) == whole
+    assert caplog.text.count("train-000000.tar, sample 0: its checksum does not match") == failures
+
+
+def test_a_read_again_goes_past_the_page_cache(copied):
+    """A range that ends inside of pages is dropped whole, so that the next read comes from the disk."""
+    folder = copied()
+    tar = Path(open_dataset(str(folder)).paths[0])
+    kind = subprocess.run(["stat", "-f", "-c", "%T", str(tar)], capture_output=True, text=True).stdout
+    if kind.strip() in ("tmpfs", "ramfs"):
+        pytest.skip("a file system in memory has no copy to drop")
+    descriptor = os.open(tar, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    shard = read._OpenShard(tar, open_dataset(str(folder)).shards[0])
+    shard.read(0, 10)
+    assert cached_pages(tar) > 0
+    shard._drop_cached(0, tar.stat().st_size - 1)
+    assert cached_pages(tar) == 0
+    assert len(shard.read(0, 10)) == 10
+
+
+def cached_pages(path: Path) -> int:
+    """Pages of a file that the system holds in memory, by `mincore`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as view:
+        pages = -(-len(view) // mmap.PAGESIZE)
+        held = (ctypes.c_ubyte * pages)()
+        start = (ctypes.c_char * len(view)).from_buffer(view)
+        assert libc.mincore(ctypes.byref(start), ctypes.c_size_t(len(view)), held) == 0
+        del start
+    return sum(page & 1 for page in held)
 
 
 def test_a_tar_cut_after_the_opening_is_noticed(copied):
