@@ -226,6 +226,8 @@ def _fail(directory: Path, tracker: Tracker) -> None:
     """Rank 0: an error ends the run; the last checkpoint stands."""
     saved = checkpoints(directory)
     run_dir.write_status(directory, "failed", step_of(saved[-1]) if saved else 0, attempt=tracker.attempt)
+    if (directory / REPORT).is_file():
+        tracker.artifact(Path(REPORT))
     tracker.finish("FAILED")
 
 

@@ -1,6 +1,7 @@
 """The manifest of a folder of shards, `manifest.json`: all that everyone needs to know before a sample is read."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class Shard:
 
 
 class Manifest(BaseModel):
-    """min_label, max_label: the range found in the shards. digest: see `digest`."""
+    """min_label, max_label: the range found in the shards. digest: see `digest`; checksum: see `_checksum`."""
 
     model_config = _STRICT
 
@@ -43,18 +44,22 @@ class Manifest(BaseModel):
     min_label: Annotated[int, Field(ge=0)]
     max_label: int
     class_names: list[str] | None = None
+    checksum: Sha256 | None = None
+    """None in a manifest that an older release wrote."""
     shards: Annotated[list[Shard], Field(min_length=1)]
 
     @classmethod
     def of(cls, shards: list[Shard], labels: tuple[int, int], class_names: list[str] | None) -> Self:
         """The manifest of shards whose labels lie in [labels[0], labels[1]]."""
+        identity = digest(shards)
         return cls(
-            digest=digest(shards),
+            digest=identity,
             samples=sum(s.samples for s in shards),
             bytes=sum(s.bytes for s in shards),
             min_label=labels[0],
             max_label=labels[1],
             class_names=class_names,
+            checksum=_checksum(identity, labels, class_names),
             shards=shards,
         )
 
@@ -70,6 +75,11 @@ class Manifest(BaseModel):
             raise ValueError("its digest does not match its shards: it was edited or damaged")
         if self.max_label < self.min_label:
             raise ValueError(f"max_label {self.max_label} is below min_label {self.min_label}")
+        labels = self.min_label, self.max_label
+        if self.checksum not in (None, _checksum(self.digest, labels, self.class_names)):
+            raise ValueError(
+                "its checksum does not match its labels or class names: it was edited or damaged"
+            )
         return self
 
 
@@ -87,6 +97,11 @@ def digest(shards: Iterable[Shard]) -> str:
 def digest_of_sources(digests: Iterable[str]) -> str:
     """Identity of several lists of shards and of where each ends."""
     return hashlib.sha256("\n".join(["sources 1", *digests]).encode()).hexdigest()
+
+
+def _checksum(identity: str, labels: tuple[int, int], class_names: list[str] | None) -> str:
+    """sha256 over what the digest leaves out and nothing else would notice: label range and names of classes."""
+    return hashlib.sha256(json.dumps([identity, *labels, class_names]).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:

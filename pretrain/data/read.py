@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.data.dataset import Dataset
-from pretrain.data.index import BLOCK, ShardIndex, index_path, parse_index, remedy
+from pretrain.data.index import BLOCK, ShardIndex, index_bytes, index_path, parse_index, remedy
 from pretrain.data.manifest import Shard
 from pretrain.data.tar import Sample, parse_sample
 from pretrain.data.urls import folder_of
@@ -164,7 +164,8 @@ def _load_index(path: Path, stated: Shard) -> ShardIndex:
     """The index of a shard, if it is the one that the manifest names and is of the tar that lies there."""
     file = index_path(path)
     try:
-        content = file.read_bytes()
+        with file.open("rb") as opened:  # one byte more than it should have: enough to refuse what is larger
+            content = opened.read(index_bytes(stated.samples) + 1)
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}\n  {remedy(path.parent)}") from None
     return checked_index(content, str(file), stated)
