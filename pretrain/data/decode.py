@@ -13,13 +13,14 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
+from pretrain.data.scans import MAX_SCANS, has_too_many_scans
 from pretrain.errors import BadSampleError
 
 Pixels = npt.NDArray[np.uint8]
 """uint8 [height, width, channels], rows of one memory block; 3 channels are RGB, 1 is greyscale."""
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-_OBJECT = re.compile(r"<_io.BytesIO object[^>]*>")
+_OBJECT = re.compile(r" ?<_io.BytesIO object[^>]*>")
 _ORIENTATION = 0x0112
 _SHORT = 3
 _TURNS = {
@@ -37,10 +38,12 @@ _TURNS = {
 def decode(data: memoryview | bytes, in_chans: int, max_pixels: int) -> Pixels:
     """An upright picture: uint8 [H, W, in_chans], RGB (in_chans 3) or greyscale (1); alpha is dropped.
 
-    Raises `BadSampleError` where the file is of no allowed kind, claims more than `max_pixels` pixels (nothing is decoded
-    then), or is damaged.
+    Raises `BadSampleError` where the file is of no allowed kind, claims more than `max_pixels` pixels or has too many
+    scans (nothing is decoded then), or is damaged.
     """
     if simplejpeg.is_jpeg(data):
+        if has_too_many_scans(data):
+            raise BadSampleError(f"a JPEG of more than {MAX_SCANS} scans")
         try:
             return _decode_jpeg(data, in_chans, max_pixels)
         except ValueError:  # damaged, or of a kind that Pillow reads: it decides
@@ -139,4 +142,4 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def _first_line(error: Exception) -> str:
     """Without the address of the bytes: the same damage is told in the same words each time."""
     words = (str(error) or type(error).__name__).splitlines()[0]
-    return _OBJECT.sub("the bytes", words)[:200]
+    return _OBJECT.sub("", words)[:200]

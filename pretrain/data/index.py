@@ -28,6 +28,8 @@ MAGIC = b"VITSHIDX"
 VERSION = 2
 BLOCK = 512
 SUFFIX = ".idx"
+MAX_SAMPLE_BYTES = 256 * 2**20
+"""Of a sample's members with headers and padding: what a reader would take into memory at a time."""
 
 _HEADER = struct.Struct("<8sIIQ32sIII")
 _BEFORE_CRC = _HEADER.size - 4
@@ -88,7 +90,7 @@ def parse_index(data: bytes, path: Path | str) -> ShardIndex:
         raise refuse("damaged: its checksum does not match")
     table = np.frombuffer(data, ROW, offset=_HEADER.size)
     if not _is_sound(table, tar_bytes):
-        raise refuse("its samples overlap or lie outside the tar")
+        raise refuse("its samples overlap, lie outside the tar or are too large")
     return ShardIndex(table, tar_bytes, tar_sha256.hex(), (labels[0], labels[1]))
 
 
@@ -101,6 +103,7 @@ def _is_sound(table: npt.NDArray[Any], tar_bytes: int) -> bool:
             (start[1:] >= stop[:-1]).all()
             and stop[-1] <= tar_bytes
             and (table["length"] > 0).all()
+            and (table["length"] <= MAX_SAMPLE_BYTES).all()
             and (table["length"] % BLOCK == 0).all()
         )
     )

@@ -6,10 +6,11 @@ never looked into.
 """
 
 import io
+import os
 import re
 import tarfile
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from pretrain.data.index import BLOCK
 from pretrain.errors import BadSampleError, DataError
@@ -17,8 +18,30 @@ from pretrain.errors import BadSampleError, DataError
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 LABEL_SUFFIX = "cls"
 
+MAX_HEADER_BYTES = 2**14
+"""Of a pax or GNU header that stands before a member's own: names and times take some hundred bytes. `tarfile`'s time
+for one may grow with its square."""
+
 _META = re.compile(r"__[^/]*__($|/)")
 _LABEL = re.compile(rb"\s*([0-9]{1,9})\s*")
+
+
+class BoundedReads(io.RawIOBase):
+    """What `tarfile` sees of a file: it may seek at will, but not ask for a header of gigabytes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def read(self, size: int = -1, /) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes; at most {MAX_HEADER_BYTES} are read")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 class Sample(NamedTuple):
@@ -105,6 +128,8 @@ def _plain_header(header: bytes) -> tuple[str, int] | None:
         prefix = header[345:500].partition(b"\0")[0].decode("ascii")
     except ValueError:  # sizes beyond octal, names beyond ASCII
         return None
+    if size < 0:
+        raise ValueError(f"a header in the tar gives a size of {size}")
     if stated != sum(header) - sum(header[148:156]) + 8 * ord(" "):
         raise ValueError("a header in the tar is damaged: its checksum does not match")
     return (f"{prefix}/{name}" if prefix else name), size
@@ -112,12 +137,14 @@ def _plain_header(header: bytes) -> tuple[str, int] | None:
 
 def _members_by_tarfile(data: bytes, where: str) -> Iterator[tuple[str, memoryview]]:
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        with tarfile.open(fileobj=BoundedReads(io.BytesIO(data)), mode="r:") as tar:
             for member in tar:
+                if member.size < 0:
+                    raise DataError(f"{where}: a header in the tar gives a size of {member.size}")
                 if member.isreg() and not member.issparse():
                     start = member.offset_data
                     yield member.name, memoryview(data)[start : start + member.size]
-    except tarfile.TarError as error:
+    except (tarfile.TarError, RecursionError) as error:
         raise DataError(f"{where}: not readable as tar: {error}") from None
 
 

@@ -1,7 +1,6 @@
 """From a tar to its index. Anybody's plain tar, trusted in nothing."""
 
 import hashlib
-import io
 import os
 import tarfile
 import zlib
@@ -11,13 +10,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pretrain.data.index import BLOCK, ROW, ShardIndex
-from pretrain.data.tar import members, padded, parse_sample, split_name
+from pretrain.data.index import BLOCK, MAX_SAMPLE_BYTES, ROW, ShardIndex
+from pretrain.data.tar import BoundedReads, members, padded, parse_sample, split_name
 from pretrain.errors import BadSampleError, DataError
 from pretrain.logs import log
 
-MAX_SAMPLE_BYTES = 256 * 2**20
-MAX_HEADER_BYTES = 2**20
 _CHUNK = 2**20
 
 
@@ -37,6 +34,8 @@ def scan(path: Path) -> ShardIndex:
     Raises `DataError` naming it where it is cut short or damaged, where members of a sample do not stand together or
     occur twice, where a name leads out of its folder, and where no sample has both an image and an integer label.
     """
+    if not path.is_file():
+        raise DataError(f"{path}: not a file; a pipe or a device would be read for ever")
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         ranges, end = _walk(file, path)
@@ -59,24 +58,6 @@ def scan(path: Path) -> ShardIndex:
         return ShardIndex(table, os.fstat(file.fileno()).st_size, sha256, (min(labels), max(labels)))
 
 
-class _BoundedReads(io.RawIOBase):
-    """What `tarfile` sees of a file: it may seek at will, but not ask for a header of gigabytes."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-
-    def read(self, size: int = -1, /) -> bytes:
-        if not 0 <= size <= MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {size} bytes; at most {MAX_HEADER_BYTES} are read")
-        return self._file.read(size)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-
 def _walk(file: BinaryIO, path: Path) -> tuple[list[_Range], int]:
     """The samples of a tar, and where its last member ends."""
     ranges: list[_Range] = []
@@ -84,7 +65,7 @@ def _walk(file: BinaryIO, path: Path) -> tuple[list[_Range], int]:
     end = 0
     file.seek(0)
     try:
-        with tarfile.open(fileobj=_BoundedReads(file), mode="r:") as tar:
+        with tarfile.open(fileobj=BoundedReads(file), mode="r:") as tar:
             for member in tar:
                 end = member.offset_data + (padded(member.size) if member.isreg() else 0)
                 _check_member(member, path)
@@ -92,6 +73,8 @@ def _walk(file: BinaryIO, path: Path) -> tuple[list[_Range], int]:
                 if parts is not None and member.isreg():
                     _append(ranges, seen, member.offset, *parts, member.size, path)
                     ranges[-1].stop = end
+    except RecursionError:
+        raise DataError(f"{path}: hundreds of headers before one member; no archiver writes that") from None
     except tarfile.TarError as error:
         raise DataError(f"{path}: cut short, damaged, or not an uncompressed tar: {error}") from None
     return ranges, end
@@ -122,7 +105,7 @@ def _check_member(member: tarfile.TarInfo, path: Path) -> None:
         )
     if member.issparse():
         raise DataError(f"{path}: {name} is a sparse file; write the tar without --sparse")
-    if member.size > MAX_SAMPLE_BYTES:
+    if not 0 <= member.size <= MAX_SAMPLE_BYTES:  # below zero it would be walked for ever
         raise DataError(f"{path}: {name} has {member.size:,} bytes; at most {MAX_SAMPLE_BYTES:,} are allowed")
 
 

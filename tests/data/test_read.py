@@ -265,7 +265,7 @@ def test_an_index_whose_samples_overlap_or_lie_outside_is_refused(digits, change
     column, row, value = change
     table = index.table.copy()
     table[column][row] = value
-    with pytest.raises(DataError, match="overlap or lie outside"):
+    with pytest.raises(DataError, match="overlap, lie outside the tar or are too large"):
         parse_index(ShardIndex(table, index.tar_bytes, index.tar_sha256, index.labels).to_bytes(), file)
 
 

@@ -19,7 +19,7 @@ from typed import contents, done, image_folder, refused, samples
 from pretrain.data import open_dataset
 from pretrain.data.pack import ShardSize, open_source, pack
 from pretrain.data.scan import index_folder
-from pretrain.data.walk import MAX_HEADER_BYTES
+from pretrain.data.tar import MAX_HEADER_BYTES
 from pretrain.errors import DataError
 
 
