@@ -84,10 +84,13 @@ def write_manifest(folder: Path, shards: Iterable[Indexed], class_names: list[st
 
 
 def known_class_names(folder: Path) -> list[str] | None:
-    """The names that the folder's manifest gives to classes; none where it has no usable manifest."""
+    """The names that the folder's manifest gives to classes; none, with a warning, where it is not usable."""
+    if not (folder / NAME).exists():
+        return None
     try:
         return read_manifest(folder).class_names
-    except DataError:
+    except DataError as error:
+        log.warning("names of classes, if it has any, are not taken over: %s", error)
         return None
 
 

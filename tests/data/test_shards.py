@@ -306,6 +306,15 @@ def test_a_few_samples_without_label_or_image_are_indexed_with_a_warning(tmp_pat
     assert (len(found), found.labels) == (5, (1, 2))
 
 
+def test_names_of_classes_are_not_lost_in_silence(copied, caplog):
+    folder = copied()
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"max_label": 9', '"max_label": 8'))
+    done("index", folder)
+    assert "names of classes, if it has any, are not taken over" in caplog.text
+    assert "its checksum does not match its labels or class names" in caplog.text
+
+
 def test_a_tar_cut_anywhere_is_refused_or_whole(tmp_path):
     """A cut may cost padding after the end of the archive, never a sample in silence."""
     good = write_tar(tmp_path / "good" / "a.tar", [m for i in range(5) for m in sample_members(f"k{i}", i)])
