@@ -11,6 +11,7 @@ from pretrain.data.manifest import NAME, Manifest, Shard, read_manifest
 from pretrain.data.pool import Advance, run
 from pretrain.data.walk import scan
 from pretrain.errors import DataError
+from pretrain.logs import log
 
 _SHOWN = 10
 
