@@ -93,6 +93,7 @@ def everything(folder: Path) -> tuple[object, ...] | DataError:
 def outcomes(folder: Folder, seeds: range) -> Counter[tuple[str, str, str]]:
     """(kind of damage, kind of file, what came of it) for each seed that changed a byte; fails at a silent change."""
     whole = everything(folder.path)
+    assert isinstance(whole, tuple)
     counts: Counter[tuple[str, str, str]] = Counter()
     for seed in seeds:
         what, changed = folder.damaged(seed)
@@ -101,6 +102,10 @@ def outcomes(folder: Folder, seeds: range) -> Counter[tuple[str, str, str]]:
         if isinstance(found, DataError):
             assert str(folder.path) in str(found), (seed, what)
             assert changed, (seed, what, found)
+        elif (
+            what == "remove manifest.json"
+        ):  # the tars are indexed anew: all is the same but what only it knew
+            assert found == (*whole[:-1], None), seed
         else:
             assert found == whole, (seed, what)
         if changed:
