@@ -154,6 +154,8 @@ class StepFacts(NamedTuple):
     stops: float
     wait_seconds: float
     bad_samples: float
+    saves_due: float
+    saves_written: float
 
 
 class StepExchange:
@@ -170,7 +172,15 @@ class StepExchange:
         self._summed: deque[tuple[int, torch.Tensor, Any]] = deque()
 
     def push(
-        self, step: int, loss_sum: torch.Tensor, *, stop: bool, wait_seconds: float, bad_samples: int
+        self,
+        step: int,
+        loss_sum: torch.Tensor,
+        *,
+        stop: bool,
+        wait_seconds: float,
+        bad_samples: int,
+        save_due: bool,
+        save_written: bool,
     ) -> StepFacts | None:
         """Add this rank's facts of `step`; returns those of an earlier step once all ranks' are in."""
         event = None
@@ -180,7 +190,8 @@ class StepExchange:
             host.copy_(loss_sum.detach(), non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
-        self._copied.append((step, host, event, (float(stop), wait_seconds, float(bad_samples))))
+        others = (float(stop), wait_seconds, float(bad_samples), float(save_due), float(save_written))
+        self._copied.append((step, host, event, others))
         if len(self._copied) > 1:
             self._start_sum()
         return self._finish_sum() if len(self._summed) > 1 else None

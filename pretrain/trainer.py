@@ -14,9 +14,7 @@ from typing import Any, Literal, Protocol
 from tqdm import tqdm
 
 from pretrain.batch import Batch
-from pretrain.checkpoint import checkpoints
-from pretrain.checkpoint.layout import folder_of
-from pretrain.checkpoint.save import Content, mark_best, prune, save
+from pretrain.checkpoint.save import Content
 from pretrain.config import Config, Plan
 from pretrain.data.quarantine import BadSample, Quarantine
 from pretrain.data.state import distinct_seen, source_epochs
@@ -25,6 +23,7 @@ from pretrain.engine import Engine
 from pretrain.logs import log
 from pretrain.metrics import Meter
 from pretrain.optim import lr_at
+from pretrain.saving import Saves
 from pretrain.score import Scores, score
 from pretrain.stop import StopFlag
 from pretrain.tracking import Tracker
@@ -100,9 +99,10 @@ class Trainer:
         self.first_scores: dict[str, float] = dict(progress.get("first_scores", {}))
         self.scores: dict[str, float] = dict(progress.get("scores", {}))
         self.best: dict[str, float] = dict(progress.get("best", {}))
+        self._saves = Saves(run_dir, config.checkpoint, ranks, quarantine.merge)
         self._exchange = StepExchange(ranks)
         self._waited = 0.0
-        self._stop_agreed = False
+        self._stop_agreed = self._save_agreed = self._all_written = False
 
     def run(self) -> Outcome:
         """Train to the plan's last step, or until a signal asked to stop; either way the end is checkpointed.
@@ -111,7 +111,7 @@ class Trainer:
         """
         self.quarantine.check(self.bad_samples, self._distinct_seen())
         if self.ranks.is_main:
-            self._point_at_best()
+            self._saves.point_at_best(int(self.best.get("step", -1)))
         if self.step == 0 and self.config.init is not None and self.validation is not None:
             self._evaluate()  # the hand-off's own score, before anything is learnt
         saved_at = self.step
@@ -123,14 +123,18 @@ class Trainer:
                     if self._is_due(self.plan.log_every_steps):
                         self._log(bar)
                     improved = self._is_due(self.plan.eval_every_steps) and self._evaluate()
-                    if improved or self._is_due(self.plan.save_every_steps) or self._stop_agreed:
+                    due = self._save_agreed or self._is_due(self.plan.save_every_steps)
+                    if improved or due or self._stop_agreed:
                         self._save(best=improved)
                         saved_at = self.step
+                    elif self._all_written:
+                        self._finish_save()
                     if self._stop_agreed or self.step == self.plan.total_steps:
                         break
         finished = self.step >= self.plan.total_steps
         if saved_at != self.step:
             self._save(best=False)
+        self._finish_save()
         self.quarantine.check(self.bad_samples, self._distinct_seen())
         return Outcome(
             "finished" if finished else "interrupted", self.step, self.first_scores, self.scores, self.best
@@ -145,7 +149,13 @@ class Trainer:
         waited, self._waited = self.batches.wait_seconds - self._waited, self.batches.wait_seconds
         bad = self.quarantine.record(self.batches.take_bad())
         facts = self._exchange.push(
-            self.step, output.loss_sum, stop=bool(self.stop), wait_seconds=waited, bad_samples=bad
+            self.step,
+            output.loss_sum,
+            stop=bool(self.stop),
+            wait_seconds=waited,
+            bad_samples=bad,
+            save_due=self._saves.is_time,
+            save_written=self._saves.is_written,
         )
         if facts is not None:
             self._learn([facts])
@@ -158,6 +168,8 @@ class Trainer:
             self.bad_samples, self._distinct_seen()
         )
         self._stop_agreed = self._stop_agreed or over_budget or any(fact.stops > 0 for fact in facts)
+        self._save_agreed = self._save_agreed or any(fact.saves_due > 0 for fact in facts)
+        self._all_written = any(fact.saves_written == self.ranks.size for fact in facts)
 
     def _distinct_seen(self) -> int:
         return distinct_seen(self.step, self.plan, self.config.run.seed)
@@ -215,21 +227,13 @@ class Trainer:
             self._learn(self._exchange.drain())
             if self.tracker is not None:
                 self.tracker.sync()
-            began = time.perf_counter()
-            folder = save(self.run_dir, self._content(), self.ranks)
-            with self.ranks.together():
-                if self.ranks.is_main:
-                    if best:
-                        mark_best(self.run_dir, folder)
-                    prune(self.run_dir, self.config.checkpoint.keep, self.step)
-                    self.quarantine.merge()
-            self._track({"perf/save_seconds": time.perf_counter() - began})
+            self._track(self._saves.begin(self._content(), best=best))
+            self._save_agreed = self._all_written = False
 
-    def _point_at_best(self) -> None:
-        """Rank 0: a kill between a save and its mark would leave `best` at the one before."""
-        folder = folder_of(self.run_dir, int(self.best.get("step", -1)))
-        if self.config.checkpoint.keep_best and folder in checkpoints(self.run_dir):
-            mark_best(self.run_dir, folder)
+    def _finish_save(self) -> None:
+        with self._outside_of_speed():
+            self._track(self._saves.finish())
+            self._all_written = False
 
     def _content(self) -> Content:
         return Content(
@@ -252,7 +256,7 @@ class Trainer:
         )
 
     def _track(self, metrics: Mapping[str, float]) -> None:
-        if self.tracker is not None:
+        if self.tracker is not None and metrics:
             self.tracker.metrics(self.step, metrics)
 
     @contextmanager

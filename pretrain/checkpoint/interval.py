@@ -1,6 +1,9 @@
 """How often to save: what a failure costs against what a save costs."""
 
 import math
+import time
+
+from pretrain.config import CheckpointConfig
 
 SECONDS_A_DAY = 86_400.0
 SHORTEST_SECONDS = 30.0
@@ -16,3 +19,25 @@ def best_interval(stall_seconds: float, failures_per_day: float) -> float:
     """
     between_failures = SECONDS_A_DAY / failures_per_day
     return max(SHORTEST_SECONDS, math.sqrt(2 * stall_seconds * between_failures))
+
+
+FIRST_SECONDS = 300.0
+"""Until the first save, whose cost is not known before."""
+
+
+class SaveClock:
+    """Says when a save is due by `checkpoint.every_minutes`; never, where that is not set. One process."""
+
+    def __init__(self, config: CheckpointConfig) -> None:
+        self._minutes, self._failures_per_day = config.every_minutes, config.failures_per_day
+        self._seconds = FIRST_SECONDS if self._minutes == "auto" else 60.0 * (self._minutes or math.inf)
+        self._since = time.monotonic()
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self._since >= self._seconds
+
+    def saved(self, stall_seconds: float) -> None:
+        """A save, due or not, was published; training stood still for it for `stall_seconds`."""
+        self._since = time.monotonic()
+        if self._minutes == "auto":
+            self._seconds = best_interval(stall_seconds, self._failures_per_day)

@@ -53,6 +53,9 @@ def _idle(config: Config) -> Iterator[_Idle]:
         yield _Idle("data", data, stores, "all shards are local files, which the system caches")
     elif data.cache_dir is not None:
         yield _Idle("data", data, ("block_memory_mib",), "blocks are kept in data.cache_dir")
+    if config.checkpoint.every_minutes != "auto":
+        reason = "checkpoint.every_minutes is not auto"
+        yield _Idle("checkpoint", config.checkpoint, ("failures_per_day",), reason)
     if data.val is None:
         yield _Idle("data", data, ("val_crop",), "there is no data.val")
         yield _Idle("train", config.train, ("eval_every_steps",), "there is no data.val")

@@ -78,6 +78,7 @@ class Plan:
     log_every_steps: int
     eval_every_steps: int
     save_every_steps: int
+    save_every_minutes: float | Literal["auto"] | None
     lr: float
     min_lr: float
     schedule: str
@@ -164,8 +165,15 @@ class Plan:
             ("precision", f"{self.precision} ({self.precision_reason})"),
             ("ZeRO stage", str(self.zero_stage)),
             ("activation checkpointing", blocks),
-            ("checkpoints", f"every {self.save_every_steps:,} steps and at the end"),
+            ("checkpoints", f"every {self.save_every_steps:,} steps{self._by_the_clock()} and at the end"),
         ]
+
+    def _by_the_clock(self) -> str:
+        if self.save_every_minutes is None:
+            return ""
+        if self.save_every_minutes == "auto":
+            return ", as often as loses least time,"
+        return f", every {self.save_every_minutes:g} minutes"
 
     def _repeated(self) -> str:
         if self.repeats == 1:
@@ -227,6 +235,7 @@ def resolve(config: Config, world_size: int, data: DataFacts, hardware: Hardware
         log_every_steps=config.train.log_every_steps,
         eval_every_steps=config.train.eval_every_steps or total_steps,
         save_every_steps=config.checkpoint.every_steps or total_steps,
+        save_every_minutes=config.checkpoint.every_minutes,
         lr=optim.lr,
         min_lr=optim.min_lr,
         schedule=optim.schedule,

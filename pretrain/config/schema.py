@@ -471,7 +471,18 @@ class EngineConfig(Section):
 
 class CheckpointConfig(Section):
     every_steps: Positive | None = Field(
-        None, description="steps between two checkpoints; none: only at the end"
+        None, description="steps between two checkpoints; none: by the clock, or only at the end"
+    )
+    every_minutes: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
+        None,
+        description="minutes between two checkpoints, besides `every_steps`; auto: what loses least time, by Young's rule",
+    )
+    failures_per_day: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="of the whole job, preemptions too: what `every_minutes: auto` reckons with"
+    )
+    background: bool = Field(
+        True,
+        description="write checkpoints beside training, from a copy in host memory as large as a rank's own slices",
     )
     keep: Annotated[int, Field(ge=1)] = Field(2, description="newest checkpoints to keep, the best one aside")
     keep_best: bool = Field(True, description="also keep the best by validation top-1")

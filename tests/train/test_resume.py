@@ -13,7 +13,7 @@ import tiny
 import torch
 from ranks import RankError, Ranks, on_ranks
 
-from pretrain.checkpoint import read_manifest
+from pretrain.checkpoint import checkpoints, read_manifest
 from pretrain.checkpoint.load import open_weights
 from pretrain.config import Config, TrainSourceConfig
 from pretrain.data import open_training
@@ -178,6 +178,20 @@ def test_a_killed_run_ends_with_the_same_weights_and_metrics(digits: Path, tmp_p
     expected = final(tmp_path / "golden")
     assert all(torch.equal(value, expected[name]) for name, value in final(tmp_path / "victim").items())
     assert journal(tmp_path / "victim") == journal(tmp_path / "golden")
+
+
+def test_saves_by_the_clock_are_agreed_by_all_ranks_and_change_nothing(digits: Path, tmp_path: Path) -> None:
+    golden = config(tmp_path / "golden", digits)
+    timed = config(tmp_path / "timed", digits, checkpoint={"every_minutes": 1e-6, "keep": 50})
+    at_once = config(tmp_path / "at-once", digits, checkpoint={"every_steps": 3, "background": False})
+    on_ranks(2, many, [(cfg, 10**9) for cfg in (golden, timed, at_once)])
+    assert len(checkpoints(tmp_path / "timed")) > 2
+    expected = final(tmp_path / "golden")
+    for run in ("timed", "at-once"):
+        assert all(torch.equal(value, expected[name]) for name, value in final(tmp_path / run).items())
+        assert journal(tmp_path / run) == journal(tmp_path / "golden")
+    logged = (tmp_path / "timed" / "metrics.jsonl").read_text()
+    assert "perf/save_stall_seconds" in logged
 
 
 def test_another_data_set_is_refused_with_both_digests(digits: Path, tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""When a run is saved, and what goes with it: the copy that training waits for, the marks, the tidying up."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from pretrain.checkpoint import checkpoints
+from pretrain.checkpoint.interval import SaveClock
+from pretrain.checkpoint.layout import folder_of, step_of
+from pretrain.checkpoint.save import Content, Saver, mark_best, prune
+from pretrain.config import CheckpointConfig
+from pretrain.distributed import Ranks
+
+
+class Saves:
+    """The saves of one run. All ranks make one and call `begin` and `finish` together."""
+
+    def __init__(
+        self, run_dir: Path, config: CheckpointConfig, ranks: Ranks, after_commit: Callable[[], None]
+    ) -> None:
+        """after_commit: what rank 0 does besides, once a checkpoint is published."""
+        self._run_dir, self._config, self._ranks = run_dir, config, ranks
+        self._after_commit = after_commit
+        self._saver = Saver(run_dir, ranks)
+        self._clock = SaveClock(config)
+        self._best = False
+        self._began = self._stalled = 0.0
+
+    @property
+    def is_time(self) -> bool:
+        """Whether the clock says that it is time to save. Rank 0 decides for all: the trainer lets them agree."""
+        return self._ranks.is_main and self._clock.is_due()
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's part of a pending save is on disk; `finish` waits for nobody once all say so."""
+        return self._saver.is_written
+
+    def begin(self, content: Content, *, best: bool) -> Mapping[str, float]:
+        """Copy what is to be saved and write it in the background. All ranks; the save before is finished first.
+
+        best: whether it is the best by validation so far. Returns the metrics of the save before, if there was one.
+        """
+        before = self.finish()
+        self._best, self._began = best, time.perf_counter()
+        self._saver.begin(content)
+        self._stalled = time.perf_counter() - self._began
+        return before if self._config.background else self.finish()
+
+    def finish(self) -> Mapping[str, float]:
+        """Publish the pending save, if any: wait until it is written, mark it, delete what is too old. All ranks.
+
+        Returns metrics: seconds that training stood still for it, and until it was published.
+        """
+        if not self._saver.is_pending:
+            return {}
+        called = time.perf_counter()
+        folder = self._saver.commit()
+        with self._ranks.together():
+            if self._ranks.is_main:
+                if self._best:
+                    mark_best(self._run_dir, folder)
+                prune(self._run_dir, self._config.keep, step_of(folder))
+                self._after_commit()
+        now = time.perf_counter()
+        self._stalled += now - called
+        self._clock.saved(self._stalled)
+        return {"perf/save_stall_seconds": self._stalled, "perf/save_seconds": now - self._began}
+
+    def point_at_best(self, step: int) -> None:
+        """Rank 0, at the start: a kill between a save and its mark left `best` at the one before."""
+        folder = folder_of(self._run_dir, step)
+        if self._config.keep_best and folder in checkpoints(self._run_dir):
+            mark_best(self._run_dir, folder)
