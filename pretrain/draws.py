@@ -35,6 +35,7 @@ class Stream(IntEnum):
     MIXING = 6
     MIXUP = 7
     POLICY = 8
+    DROPOUT = 9
 
 
 def uniform(
@@ -45,6 +46,13 @@ def uniform(
     a, b, c: integers in [0, 2^32), broadcast together to a shape S. Returns float64 [*S, count].
     """
     return _words(seed, stream, count, a, b, c).astype(np.float64) * 2.0**-32
+
+
+def integers(
+    seed: int, stream: Stream, count: int, a: npt.ArrayLike, b: npt.ArrayLike = 0, c: npt.ArrayLike = 0
+) -> npt.NDArray[np.int32]:
+    """Draw `count` integers, uniform over all of int32, for every (a, b, c) as `uniform` takes them: [*S, count]."""
+    return _words(seed, stream, count, a, b, c).astype(np.uint32).view(np.int32)
 
 
 def permutation(

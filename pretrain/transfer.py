@@ -151,7 +151,7 @@ class _HandOff:
         table = self._read("pos_embed")
         old_prefix, new_prefix = self.old.num_pos_prefix, self.new.num_pos_prefix
         if self.init.position == "reset":
-            grid = initial_value("pos_embed", shape, self.seed)[:, new_prefix:]
+            grid = initial_value("pos_embed", shape, self.new, self.seed)[:, new_prefix:]
         elif self.init.position == "drop":
             grid = torch.zeros(shape)[:, new_prefix:]
         else:

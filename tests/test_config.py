@@ -72,7 +72,7 @@ def test_ten_mistakes_are_reported_at_once_each_with_its_line_and_what_would_be_
         "x.yaml:5: data.train: is a section with keys, given 'data/train'",
         "x.yaml:6: data.val_crop: must be less than or equal to 1, given 1.5",
         "x.yaml:9: model.img_size: needs a list such as [16, 16], given 32",
-        "x.yaml:12: model.act: 'gelu_tahn' is not allowed; one of: 'gelu' or 'gelu_tanh' (did you mean gelu_tanh?)",
+        "x.yaml:12: model.act: 'gelu_tahn' is not allowed; one of: 'gelu', 'gelu_tanh', 'relu', 'elu', 'silu' or 'swiglu' (did you mean gelu_tanh?)",
         "x.yaml:14: optim.lr: must be a valid number, given True",
         "x.yaml:15: optim.weight_decay: must be a valid number, given '0,05'",
         "x.yaml:17: train.global_batch: must be a valid integer, given '012'",
@@ -187,6 +187,25 @@ def test_a_missing_and_an_overlong_file_are_named(tmp_path: Path) -> None:
         ("model.size=null", "give `size` .* or all of embed_dim"),
         ("model.mean=[0.5,0.5]", "mean has 2 values; give 1 or 3"),
         ("model.std=[0.0]", "must be above 0"),
+        ("model.pos_embed=relative", "acts inside attention, .* add pos_embed_at every_layer"),
+        ("model.pos_embed=rope_2d model.pos_embed_at=every_layer", "rope_2d has no table: leave it out"),
+        ("model.pos_embed=none model.pos_embed_at=every_layer_shared", "none has no table: leave it out"),
+        (
+            "model.size=null model.embed_dim=6 model.depth=1 model.num_heads=1 model.mlp_dim=8 "
+            "model.pos_embed=rope_2d",
+            "rope_2d needs the width of a head to be a multiple of 4; it is 6",
+        ),
+        (
+            "model.size=null model.embed_dim=6 model.depth=1 model.num_heads=1 model.mlp_dim=8 "
+            "model.pos_embed=sincos_2d_mae",
+            "sincos_2d_mae needs embed_dim to be a multiple of 4; it is 6",
+        ),
+        (
+            "model.size=null model.embed_dim=4 model.depth=1 model.num_heads=1 model.mlp_dim=8 "
+            "model.pos_embed=sincos_2d_big_vision",
+            "needs embed_dim of at least 8; it is 4",
+        ),
+        ("engine.compile=true engine.zero_stage=3", "compile needs zero_stage 0, 1 or 2"),
         ("data.augment.scale=[0.5,0.1]", "0 < low <= high <= 1"),
         ("data.augment.ratio=[0.0,1.0]", "0 < low <= high"),
     ],
@@ -369,6 +388,19 @@ def test_every_key_that_may_change_exists() -> None:
         (["train.eval_every_steps=5", "data.val_crop=0.9"], ["data.val_crop", "train.eval_every_steps"]),
         (["data.val.shards=x", "train.eval_every_steps=5", "data.val_crop=0.9"], []),
         (["model.global_pool=avg", "model.pos_embed_order=pe_then_cls"], ["model.pos_embed_order"]),
+        (
+            ["model.global_pool=avg", "model.num_registers=1", "model.pos_embed_order=pe_then_cls"],
+            [],
+        ),
+        (["model.pos_embed=none", "model.pos_embed_order=pe_then_cls"], ["model.pos_embed_order"]),
+        (["model.rope_reference_grid=[4,4]"], ["model.rope_reference_grid"]),
+        (["model.pos_embed=rope_2d", "model.rope_reference_grid=[4,4]"], []),
+        (["model.pos_embed=rope_2d", "init.from=x", "init.position=reset"], ["init.position"]),
+        (["model.pos_embed=rope_2d", "init.from=x", "init.resize_kernel=bicubic"], ["init.resize_kernel"]),
+        (
+            ["model.pos_embed=rope_2d", "init.from=x", "init.patch=resize", "init.resize_kernel=bicubic"],
+            [],
+        ),
         (["init.from=x", "init.position=drop", "init.resize_kernel=bilinear"], ["init.resize_kernel"]),
         (["tracking.uri=null", "run.campaign=c"], ["run.campaign"]),
         ([], []),

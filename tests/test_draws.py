@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pretrain.draws import Shuffle, Stream, _philox, permutation, split64, uniform
+from pretrain.draws import Shuffle, Stream, _philox, integers, permutation, split64, uniform
 
 # Random123's known-answer file (kat_vectors), philox4x32 with 10 rounds: counter, key, answer.
 KNOWN_ANSWERS = [
@@ -164,3 +164,11 @@ def test_a_long_shuffle_is_pinned() -> None:
     """It is part of the sample order, and so of a run's identity."""
     shuffle = Shuffle(1, Stream.BLOCKS, 2000, 2, 3)
     assert shuffle.at(np.array([0, 1, 2, 1000, 1999])).tolist() == [155, 450, 1025, 920, 814]
+
+
+def test_integers_are_the_words_that_uniform_divides() -> None:
+    whole = integers(3, Stream.DROPOUT, 6, a=np.arange(5), b=2)
+    assert whole.dtype == np.int32
+    assert whole.shape == (5, 6)
+    share = uniform(3, Stream.DROPOUT, 6, a=np.arange(5), b=2)
+    assert np.array_equal(whole.view(np.uint32) * 2.0**-32, share)

@@ -116,6 +116,40 @@ def test_weight_decay_falls_on_what_timm_gives_it_but_the_latent(pool: str) -> N
     assert {name for name, _ in vit(pool).named_parameters() if decays(name)} == names
 
 
+def variant() -> VisionTransformer:
+    """A model with a parameter of every kind that is not in the plain one."""
+    more = {
+        "pos_embed": "learned_2d",
+        "pos_embed_at": "every_layer",
+        "num_registers": 2,
+        "layer_scale": 0.1,
+        "qk_norm": True,
+        "act": "swiglu",
+        "representation_size": 8,
+    }
+    config = ModelConfig.model_validate(model_settings() | more)
+    return build(config, InitialWeights(config, 0))
+
+
+def test_tables_tokens_norms_and_scales_do_not_decay_and_the_new_matrices_do() -> None:
+    names = [name for name, _ in variant().named_parameters()]
+    matrices = {"patch_embed.proj", "pre_logits", "head"} | {
+        f"blocks.{i}.{module}" for i in range(2) for module in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    }
+    assert {name for name in names if decays(name)} == {f"{module}.weight" for module in matrices}
+    assert not any(decays(name) for name in ("rel_pos", "blocks.0.attn.q_norm.weight", "blocks.1.ls2.gamma"))
+
+
+def test_new_parameters_have_the_layer_of_what_they_act_on() -> None:
+    groups = parameter_groups(variant().named_parameters(), OptimConfig(lr=1.0, layer_decay=0.5), 2)
+    scale = {name: group["lr_scale"] for group in groups for name in group["names"]}
+    assert scale["pre_logits.weight"] == scale["head.bias"] == 1.0
+    assert scale["blocks.1.pos_embed_x"] == scale["blocks.1.ls1.gamma"] == 0.5
+    assert scale["blocks.0.pos_embed_prefix"] == scale["blocks.0.attn.q_norm.weight"] == 0.25
+    assert scale["reg_token"] == scale["cls_token"] == 0.125
+    assert {layer_id(name, 2) for name in ("pos_embed", "pos_embed_x", "pos_embed_prefix", "rel_pos")} == {0}
+
+
 def test_groups_need_no_shape_as_under_zero_3() -> None:
     model = vit()
     before = parameter_groups(model.named_parameters(), OptimConfig(lr=1.0, layer_decay=0.5), 2)

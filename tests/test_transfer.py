@@ -108,7 +108,7 @@ def test_reset_and_drop_replace_the_grid_and_keep_the_row_of_cls(
     new = model(img_size=img_size)
     source, result = hand_off(model(), new, position=position)
     table = result.weights["pos_embed"]
-    drawn = initial_value("pos_embed", (1, 1 + new.num_patches, 16), SEED)[:, 1:]
+    drawn = initial_value("pos_embed", (1, 1 + new.num_patches, 16), new, SEED)[:, 1:]
     assert torch.equal(table[:, 1:], drawn if position == "reset" else torch.zeros_like(drawn))
     assert torch.equal(table[:, :1], source["pos_embed"][:, :1])
     actions = {row.name: row.action for row in result.report}

@@ -1,6 +1,7 @@
 """Settings: the schema, reading it from YAML, and the plan that is resolved from it."""
 
 from pretrain.config.load import dump, load
+from pretrain.config.model import ModelConfig, PosEmbed
 from pretrain.config.plan import Plan, resolve
 from pretrain.config.schema import (
     AugmentConfig,
@@ -11,7 +12,6 @@ from pretrain.config.schema import (
     DataConfig,
     EngineConfig,
     InitConfig,
-    ModelConfig,
     ObjectiveConfig,
     OptimConfig,
     RandomErasingConfig,
@@ -37,6 +37,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimConfig",
     "Plan",
+    "PosEmbed",
     "RandomErasingConfig",
     "ResizeKernel",
     "RunConfig",

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pretrain.config.schema import Config, Section
+from pretrain.config.model import ModelConfig
+from pretrain.config.schema import Config, InitConfig
+from pretrain.config.section import Section
 
 
 class _Idle(NamedTuple):
@@ -67,12 +69,28 @@ def _idle(config: Config) -> Iterator[_Idle]:
     elif not (objective.mixup_alpha and objective.cutmix_alpha):
         reason = "only one of mixup_alpha and cutmix_alpha is above 0"
         yield _Idle("objective", objective, ("mix_switch_prob",), reason)
-    if config.model.global_pool != "token":
-        reason = f"{config.model.global_pool} pooling has no cls token"
-        yield _Idle("model", config.model, ("pos_embed_order",), reason)
-    if config.init is not None and config.init.position != "resize":
-        yield _Idle("init", config.init, ("resize_kernel",), f"init.position is {config.init.position}")
+    yield from _idle_of_the_model(config.model)
+    if config.init is not None:
+        yield from _idle_of_the_hand_off(config.init, config.model)
     if config.tracking.uri is None:
         reason = "tracking.uri is null: nothing is sent to MLflow"
         yield _Idle("tracking", config.tracking, ("experiment", "run_name"), reason)
         yield _Idle("run", config.run, ("campaign",), reason)
+
+
+def _idle_of_the_model(model: ModelConfig) -> Iterator[_Idle]:
+    if not model.has_position_table:
+        yield _Idle("model", model, ("pos_embed_order",), f"pos_embed {model.pos_embed} gives no token a row")
+    elif not model.num_prefix_tokens:
+        reason = f"{model.global_pool} pooling has no cls token, and there are no registers"
+        yield _Idle("model", model, ("pos_embed_order",), reason)
+    if model.pos_embed != "rope_2d":
+        yield _Idle("model", model, ("rope_reference_grid",), f"pos_embed is {model.pos_embed}")
+
+
+def _idle_of_the_hand_off(init: InitConfig, model: ModelConfig) -> Iterator[_Idle]:
+    learned = model.has_position_table or model.pos_embed == "relative"
+    if not learned and model.pos_embed != "none":
+        yield _Idle("init", init, ("position",), f"pos_embed {model.pos_embed} is computed, never learned")
+    if init.patch == "keep" and (init.position != "resize" or not learned):
+        yield _Idle("init", init, ("resize_kernel",), "neither positions nor patch filters are interpolated")

@@ -250,7 +250,7 @@ def resolve(config: Config, world_size: int, data: DataFacts, hardware: Hardware
         device_name=hardware.name,
         img_size=model.img_size,
         grid=model.grid,
-        num_tokens=model.num_patches + model.num_prefix_tokens,
+        num_tokens=model.num_tokens,
         train_samples=data.samples,
         train_shards=data.shards,
         train_digest=data.digest,

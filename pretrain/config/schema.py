@@ -6,26 +6,19 @@ A key that is not here is an error, a value of another type is an error, and not
 """
 
 from collections import Counter
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
+from pretrain.config.model import ModelConfig
 from pretrain.config.ratios import whole_ratios
-from pretrain.config.sizes import SIZES, SizeName
+from pretrain.config.section import NonNegative, Positive, Section
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
 DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 ResizeKernel = Literal["bicubic_antialias", "bicubic", "bilinear", "align_corners"]
 
 
 MAX_SOURCES = 16
-
-
-class Section(BaseModel):
-    """Strict: no unknown key, no conversion between types (an int may stand for a float), no change after."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -269,111 +262,6 @@ class DataConfig(Section):
         return self
 
 
-class ModelConfig(Section):
-    """A plain ViT. Names are timm's where timm has one."""
-
-    size: SizeName | None = Field(None, description="width, depth, heads and MLP of a published size")
-    embed_dim: Positive | None = Field(None, description="width D of a token; from `size` or given")
-    depth: Positive | None = Field(None, description="number of blocks; from `size` or given")
-    num_heads: Positive | None = Field(None, description="attention heads; from `size` or given")
-    mlp_dim: Positive | None = Field(None, description="width of the MLP; from `size` or given")
-    img_size: tuple[Positive, Positive] = Field(description="image (height, width) in pixels")
-    patch_size: tuple[Positive, Positive] = Field(description="patch (height, width) in pixels")
-    in_chans: Literal[1, 3] = Field(3, description="1: greyscale, 3: RGB; images are converted")
-    num_classes: Positive = Field(description="classes K of the head")
-    global_pool: Literal["token", "avg", "map"] = Field(
-        "token",
-        description="what the head sees: the cls token, the mean of the patches, or attention pooling",
-    )
-    pos_embed: Literal["learned_1d"] = Field("learned_1d", description="kind of position embedding")
-    pos_embed_order: Literal["cls_then_pe", "pe_then_cls"] = Field(
-        "cls_then_pe",
-        description="paper: the cls token is prepended first and has a position; DeiT-3: it comes after and has none",
-    )
-    act: Literal["gelu", "gelu_tanh"] = Field("gelu", description="GELU, exact or its tanh approximation")
-    norm_eps: Annotated[float, Field(gt=0)] = Field(1e-6, description="epsilon of LayerNorm")
-    drop_path_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0, description="stochastic depth of the last block, per sample; rises linearly from 0 at the first"
-    )
-    mean: tuple[float, ...] = Field(
-        (0.5,), description="subtracted from pixels in [0, 1]; one value or one a channel"
-    )
-    std: tuple[float, ...] = Field((0.5,), description="divides pixels in [0, 1]; one value or one a channel")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_size(cls, values: object) -> object:
-        if not isinstance(values, dict):
-            return values
-        # Behind a validator like this one pydantic takes JSON's arrays for lists, and strictly no tuple is a list.
-        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        if settings.get("size") not in SIZES:
-            return settings
-        size = SIZES[settings["size"]]._asdict()
-        for name, number in size.items():
-            given = settings.get(name)
-            if given is not None and given != number:
-                raise ValueError(
-                    f"size {settings['size']} means {name} {number}, but {name} {given} is given; drop one"
-                )
-        return settings | size
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        missing = [n for n in ("embed_dim", "depth", "num_heads", "mlp_dim") if getattr(self, n) is None]
-        if missing:
-            raise ValueError(
-                f"give `size` ({', '.join(SIZES)}) or all of embed_dim, depth, num_heads, mlp_dim; "
-                f"missing: {', '.join(missing)}"
-            )
-        if self.width % self.heads:
-            raise ValueError(f"embed_dim {self.width} is not divisible by num_heads {self.heads}")
-        for axis, image, patch in zip(("height", "width"), self.img_size, self.patch_size, strict=True):
-            if image % patch:
-                raise ValueError(f"img_size {axis} {image} is not a multiple of patch_size {axis} {patch}")
-        for name in ("mean", "std"):
-            if len(getattr(self, name)) not in (1, self.in_chans):
-                raise ValueError(f"{name} has {len(getattr(self, name))} values; give 1 or {self.in_chans}")
-        if min(self.std) <= 0:
-            raise ValueError(f"std {list(self.std)} must be above 0")
-        return self
-
-    @property
-    def width(self) -> int:
-        return self.embed_dim or 0
-
-    @property
-    def heads(self) -> int:
-        return self.num_heads or 0
-
-    @property
-    def num_blocks(self) -> int:
-        return self.depth or 0
-
-    @property
-    def mlp_width(self) -> int:
-        return self.mlp_dim or 0
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches as (rows, columns)."""
-        return self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1]
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Tokens before the patches: the cls token where the head reads it."""
-        return 1 if self.global_pool == "token" else 0
-
-    @property
-    def num_pos_prefix(self) -> int:
-        """Rows of the position table that belong to prefix tokens."""
-        return self.num_prefix_tokens if self.pos_embed_order == "cls_then_pe" else 0
-
-
 class ObjectiveConfig(Section):
     name: Literal["softmax", "sigmoid"] = Field(
         "softmax", description="cross-entropy, or one binary loss a class"
@@ -467,6 +355,18 @@ class EngineConfig(Section):
         600, description="a collective that takes longer means a hung rank: the run stops"
     )
     deterministic: bool = Field(False, description="bit-identical repeats on CUDA too, at the cost of speed")
+    compile: bool = Field(
+        False,
+        description="torch.compile each block; ZeRO stages 0 to 2; needs a C++ compiler, minutes at the start",
+    )
+
+    @model_validator(mode="after")
+    def _compilable(self) -> Self:
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "compile needs zero_stage 0, 1 or 2: at stage 3 weights come and go inside a block"
+            )
+        return self
 
 
 class CheckpointConfig(Section):
@@ -493,9 +393,16 @@ class InitConfig(Section):
         alias="from", description="run directory or checkpoint folder whose weights to start from"
     )
     position: Literal["resize", "reset", "drop"] = Field(
-        "resize", description="position embedding on a new grid: interpolate, draw anew, or set to zero"
+        "resize",
+        description="learned position embedding: take over and interpolate on a new grid, draw anew, or set to zero",
     )
-    resize_kernel: ResizeKernel = Field("bicubic_antialias", description="kernel of the interpolation")
+    patch: Literal["keep", "resize"] = Field(
+        "keep",
+        description="patch filters of another model.patch_size: refuse, or resize by pseudo-inverse (FlexiViT)",
+    )
+    resize_kernel: ResizeKernel = Field(
+        "bicubic_antialias", description="kernel of the interpolation of positions and patch filters"
+    )
     which: Literal["best", "last"] = Field("last", description="which checkpoint of a run")
     head: Literal["auto", "keep", "zero"] = Field(
         "auto",

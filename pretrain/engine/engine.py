@@ -22,7 +22,7 @@ from pretrain.distributed import Ranks
 from pretrain.engine import fragments, private_api
 from pretrain.engine.fragments import Fragment
 from pretrain.engine.settings import deepspeed_config
-from pretrain.model import VisionTransformer, drop_path_rates, keep_factors
+from pretrain.model import VisionTransformer, drop_path_rates, dropout_keys, keep_factors
 from pretrain.objective import Mix, Objective, draw_mix
 from pretrain.optim import build_optimizer, parameter_groups, set_lr
 
@@ -96,10 +96,10 @@ class Engine:
         set_lr(self._optimizer.param_groups, lr)
         loss_sum = torch.zeros((), device=self.ranks.device)
         for position, batch in enumerate(micro_batches, start=1):
-            keep, mix = self._drop_path(batch), self._mix(batch)
+            (keep, keys), mix = self._draws(batch), self._mix(batch)
             on_device = batch.to(self.ranks.device)
             own_pixels, own_label = (mix.pixels(self.plan.img_size), mix.label) if mix else (None, None)
-            logits = self._engine(on_device.images, keep, own_pixels)
+            logits = self._engine(on_device.images, keep, keys, own_pixels)
             losses = self._objective.losses(logits, on_device.labels, own_label)
             loss = (losses * on_device.weights).sum()
             loss_sum += loss.detach()
@@ -116,7 +116,7 @@ class Engine:
         return StepOutput(loss_sum, norm, applied)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits [b, K] without gradients or drop path. At stage 3 it gathers weights: all ranks call it equally often."""
+        """Logits [b, K] without gradients, drop path or dropout. At stage 3 it gathers weights: all ranks call it equally often."""
         self._engine.eval()
         with torch.no_grad():
             logits: Tensor = self._engine(batch.to(self.ranks.device).images)
@@ -166,12 +166,15 @@ class Engine:
         """Every parameter's whole shape, in the module's order."""
         return {name: tuple(private_api.full_shape(p)) for name, p in self._engine.module.named_parameters()}
 
-    def _drop_path(self, batch: Batch) -> Tensor | None:
-        if self.config.model.drop_path_rate == 0.0:
-            return None
-        return keep_factors(self.config.run.seed, batch.positions, self._rates).to(
-            self.ranks.device, non_blocking=True
-        )
+    def _draws(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """What the model's forward pass takes of chance: drop path's factors and dropout's keys, each where it is on."""
+        model, seed, device = self.config.model, self.config.run.seed, self.ranks.device
+        keep = keys = None
+        if model.drop_path_rate > 0:
+            keep = keep_factors(seed, batch.positions, self._rates).to(device, non_blocking=True)
+        if model.dropout_rate > 0:
+            keys = dropout_keys(seed, batch.positions, model.num_blocks).to(device, non_blocking=True)
+        return keep, keys
 
     def _mix(self, batch: Batch) -> Mix | None:
         if not self.config.objective.mixes:

@@ -3,6 +3,7 @@
 from pretrain.model.build import build
 from pretrain.model.count import forward_flops, num_parameters
 from pretrain.model.drop_path import drop_path_rates, keep_factors
+from pretrain.model.dropout import dropout_keys
 from pretrain.model.init import InitialWeights, LazyWeights, initial_value, parameter_shapes
 from pretrain.model.resize import resize_pos_embed
 from pretrain.model.vit import VisionTransformer
@@ -13,6 +14,7 @@ __all__ = [
     "VisionTransformer",
     "build",
     "drop_path_rates",
+    "dropout_keys",
     "forward_flops",
     "initial_value",
     "keep_factors",

@@ -2,9 +2,9 @@
 the ZeRO stage, the precision and the order of construction.
 
 The paper's own code (google-research/vision_transformer) is followed: Xavier uniform for the linear maps, LeCun
-normal for the patch projection, N(0, 0.02) for the position table, zeros for cls token, biases and head. Query, key
-and value are drawn as the three square maps they are: as one [3D, D] matrix, as timm does, Xavier would see a fan of
-3D and draw them a factor sqrt(2) too small.
+normal for the patch projection and the tanh layer, N(0, 0.02) for position tables, zeros for cls token, biases and
+head. Query, key and value are drawn as the three square maps they are: as one [3D, D] matrix, as timm does, Xavier
+would see a fan of 3D and draw them a factor sqrt(2) too small. Registers are N(0, 0.02): alike they would stay alike.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ class InitialWeights(LazyWeights):
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         def recipe(name: str, shape: Shape) -> Callable[[], Tensor]:
-            return lambda: initial_value(name, shape, seed)
+            return lambda: initial_value(name, shape, config, seed)
 
         super().__init__({name: recipe(name, shape) for name, shape in parameter_shapes(config).items()})
 
@@ -54,26 +54,35 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
         return {name: tuple(p.shape) for name, p in VisionTransformer(config).named_parameters()}
 
 
-def initial_value(name: str, shape: Shape, seed: int) -> Tensor:
-    """The first value of a parameter: float32 of `shape`, on the host."""
+def initial_value(name: str, shape: Shape, config: ModelConfig, seed: int) -> Tensor:
+    """The first value of a parameter of that model: float32 of `shape`, on the host."""
     value = torch.zeros(shape, dtype=torch.float32, device="cpu")
     generator = _generator(name, seed)
-    if name == "pos_embed":
+    leaf = name.rpartition(".")[2]
+    if leaf.startswith(("pos_embed", "rel_pos", "reg_token")):
         return value.normal_(std=0.02, generator=generator)
     if name == "attn_pool.latent":
         return _xavier_uniform(value, 1, shape[-1], generator)
-    if name.startswith("head.") or not name.endswith(".weight"):
+    if leaf == "gamma":
+        return value.fill_(config.layer_scale or 0.0)
+    if name == "head.bias":
+        return value.fill_(config.head_bias)
+    if name.startswith("head.") or leaf != "weight":
         return value
     if len(shape) == 1:  # LayerNorm
         return value.fill_(1.0)
-    if name == "patch_embed.proj.weight":
+    if name in ("patch_embed.proj.weight", "pre_logits.weight"):
         std = (value[0].numel() ** -0.5) / _TRUNCATED_STD
         nn.init.trunc_normal_(value, std=std, a=-2 * std, b=2 * std, generator=generator)
         return value
-    maps = (
-        3 if name.endswith(".qkv.weight") else 2 if name.endswith(".kv.weight") else 1
-    )  # stacked in one matrix
-    return _xavier_uniform(value, shape[1], shape[0] // maps, generator)
+    return _xavier_uniform(value, shape[1], shape[0] // _stacked_maps(name, config), generator)
+
+
+def _stacked_maps(name: str, config: ModelConfig) -> int:
+    """How many linear maps a weight matrix holds one below the other."""
+    if name.endswith("mlp.fc1.weight") and config.act == "swiglu":
+        return 2
+    return 3 if name.endswith(".qkv.weight") else 2 if name.endswith(".kv.weight") else 1
 
 
 def _xavier_uniform(value: Tensor, fan_in: int, fan_out: int, generator: torch.Generator) -> Tensor:

@@ -1,14 +1,18 @@
 """The Vision Transformer of Dosovitskiy et al. 2020 (arXiv 2010.11929), section 3.1, in timm's names.
 
     B  images          H, W  pixels            C  channels         P  patch size (may differ by axis)
-    N  patches         T     tokens: N, or N + 1 with a cls token   D  width of a token
+    N  patches         P     prefix tokens: cls, registers           T     P + N tokens      D  width of a token
     h  attention heads d     D / h              M  width of the MLP  K  classes
 
-A state dict of this module loads into timm's `VisionTransformer` of the same settings, and back.
+A state dict of this module loads into timm's `VisionTransformer` of the same settings, and back, where timm has them.
+Positions are in `position`; docs/model.md says where each setting comes from.
 
 Every parameter is read only in the `forward` of the module that owns it, every block runs for every sample, and no
 number is drawn inside: ZeRO stage 3 gathers and frees weights around `forward`, on all ranks together.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,59 +20,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import ModelConfig
-from pretrain.model.position import add_learned_1d
-
-
-class PatchProjection(nn.Module):
-    """E of equation 1: a linear map of flattened patches. Its weight has the shape of timm's convolution."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(config.width, config.in_chans, *config.patch_size))
-        self.bias = nn.Parameter(torch.zeros(config.width))
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """float32 [B, N, C*P*P] -> [B, N, D] in the dtype of the weight."""
-        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
-
-
-class PatchEmbed(nn.Module):
-    """The model's door: decoded pixels in, one token per patch out."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.proj = PatchProjection(config)
-
-    def forward(self, images: Tensor, own_share: Tensor | None = None) -> Tensor:
-        """uint8 [B, H, W, C] -> [B, N, D]; `own_share` as in `VisionTransformer.forward`."""
-        patches = self.normalize(self.patchify(images))
-        if own_share is not None:
-            others = patches.reshape(-1, 2, *patches.shape[1:]).flip(1).reshape(patches.shape)
-            share = self.patchify(own_share[..., None]).repeat(1, 1, self.config.in_chans)  # [B, N, C*P*P]
-            patches = torch.lerp(others, patches, share)
-        tokens: Tensor = self.proj(patches)
-        return tokens
-
-    def patchify(self, images: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B, N, C*P*P] of the same dtype, patches by rows, each in the order of the weight."""
-        (rows, columns), (height, width) = self.config.grid, self.config.patch_size
-        x = images.reshape(-1, rows, height, columns, width, images.shape[-1])
-        return x.permute(0, 1, 3, 5, 2, 4).reshape(len(images), rows * columns, -1)
-
-    def normalize(self, patches: Tensor) -> Tensor:
-        """(x / 255 - mean) / std per channel: uint8 [B, N, C*P*P] -> float32 of that shape.
-
-        The constants are made here, on the device: as buffers they would be rounded by `module.bfloat16()`.
-        """
-        config = self.config
-        channels = range(config.in_chans)
-        mean, std = ([v[c % len(v)] for c in channels] for v in (config.mean, config.std))
-        area = config.patch_size[0] * config.patch_size[1]
-        ones = torch.ones(area, dtype=torch.float32, device=patches.device)
-        scale = torch.cat([ones * (1 / (255 * std[c])) for c in channels])
-        shift = torch.cat([ones * (-mean[c] / std[c]) for c in channels])
-        return torch.addcmul(shift, patches.float(), scale)
+from pretrain.model.dropout import PLACES, dropout
+from pretrain.model.patch import PatchEmbed
+from pretrain.model.position import (
+    add_table,
+    learned_table,
+    register_tables,
+    relative_logits,
+    rotate,
+    rotation,
+    sincos_2d,
+)
 
 
 class Attention(nn.Module):
@@ -76,32 +38,76 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads = config.heads
+        self.config = config
+        head_norm = partial(nn.LayerNorm, config.width // config.heads, config.norm_eps)
         self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.q_norm = head_norm() if config.qk_norm else nn.Identity()
+        self.k_norm = head_norm() if config.qk_norm else nn.Identity()
         self.proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, h, d]
+    def forward(self, x: Tensor, position: Tensor | None = None, key: Tensor | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D].
+
+        position  `rotation`'s [2, T, d] for rope_2d, the table [2N - 1, d] for relative, else none
+        key       int32 [B, 2] of the dropout, or none
+        """
+        config = self.config
+        qkv = self.qkv(x).unflatten(-1, (3, config.heads, -1))  # [B, T, 3, h, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, h, T, d]
-        x = F.scaled_dot_product_attention(q, k, v)
+        q, k = self.q_norm(q), self.k_norm(k)
+        bias = None
+        if position is not None and config.pos_embed == "rope_2d":
+            q, k = rotate(q, position), rotate(k, position)
+        elif position is not None:
+            bias = relative_logits(q, position)
+        x = F.scaled_dot_product_attention(q, k, v, bias)
         x = self.proj(x.transpose(1, 2).flatten(2))
-        return x
+        return dropout(x, key, config.dropout_rate)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "elu": F.elu,
+    "silu": F.silu,
+}
 
 
 class Mlp(nn.Module):
-    """Two layers with a GELU (section 3.1)."""
+    """Two layers with a GELU (section 3.1) or another activation; swiglu: SiLU(a) * b of one layer's two halves a, b
+    (Shazeer 2020, arXiv 2002.05202), which timm calls SwiGLUPacked."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.width, config.mlp_width)
-        self.act = nn.GELU("tanh" if config.act == "gelu_tanh" else "none")
+        self.config = config
+        self.fc1 = nn.Linear(config.width, config.mlp_width * (2 if config.act == "swiglu" else 1))
         self.fc2 = nn.Linear(config.mlp_width, config.width)
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """[..., D] -> [..., D]; keys: int32 [B, 2, 2] of the dropout after the activation and at the end, or none."""
+        inner, outer = (None, None) if keys is None else keys.unbind(1)
+        x = self._activate(self.fc1(x))
+        x = self.fc2(dropout(x, inner, self.config.dropout_rate))
+        return dropout(x, outer, self.config.dropout_rate)
+
+    def _activate(self, x: Tensor) -> Tensor:
+        if self.config.act == "swiglu":
+            gate, value = x.chunk(2, dim=-1)
+            return F.silu(gate) * value
+        return _ACTIVATIONS[self.config.act](x)
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a branch (Touvron et al. 2021, arXiv 2103.17239)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        x = self.fc2(self.act(self.fc1(x)))
-        return x
+        return x * self.gamma
 
 
 class Block(nn.Module):
@@ -109,21 +115,44 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
+        if config.pos_embed_at == "every_layer":
+            register_tables(self, config)
         self.norm1 = nn.LayerNorm(config.width, config.norm_eps)
         self.attn = Attention(config)
+        self.ls1 = LayerScale(config.width) if config.layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(config.width, config.norm_eps)
         self.mlp = Mlp(config)
+        self.ls2 = LayerScale(config.width) if config.layer_scale else nn.Identity()
 
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]; `keep` [B, 2]: factors of the attention branch and of the MLP branch."""
-        if keep is None:
-            x = x + self.attn(self.norm1(x))
-            x = x + self.mlp(self.norm2(x))
-            return x
-        keep = keep.to(x.dtype)[:, :, None, None]  # [B, 2, 1, 1]
-        x = x + keep[:, 0] * self.attn(self.norm1(x))
-        x = x + keep[:, 1] * self.mlp(self.norm2(x))
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor | None = None,
+        keep: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D].
+
+        position  what all blocks share: a table of `learned_table`, or a rotation; none where there is none
+        keep      [B, 2]  factors of the attention branch and of the MLP branch
+        keys      int32 [B, 3, 2]  of the dropout: in the attention branch, then two in the MLP branch
+        """
+        if self.config.pos_embed_at == "every_layer":
+            position = learned_table(partial(getattr, self), self.config)
+        if position is not None and self.config.has_position_table:
+            x, position = add_table(x, position), None
+        of_attn, of_mlp = (None, None) if keys is None else (keys[:, 0], keys[:, 1:])
+        attn_factor, mlp_factor = (
+            (None, None) if keep is None else keep.to(x.dtype)[:, :, None, None].unbind(1)
+        )
+        x = _add_branch(x, self.ls1(self.attn(self.norm1(x), position, of_attn)), attn_factor)
+        x = _add_branch(x, self.ls2(self.mlp(self.norm2(x), of_mlp)), mlp_factor)
         return x
+
+
+def _add_branch(x: Tensor, branch: Tensor, factor: Tensor | None) -> Tensor:
+    return x + branch if factor is None else x + factor * branch
 
 
 class AttentionPool(nn.Module):
@@ -158,60 +187,102 @@ class VisionTransformer(nn.Module):
     """
 
     cls_token: nn.Parameter | None
+    reg_token: nn.Parameter | None
 
     def __init__(self, config: ModelConfig, checkpoint_every_blocks: int = 0) -> None:
         super().__init__()
         self.config = config
         self.checkpoint_every_blocks = checkpoint_every_blocks
-        width, pool = config.width, config.global_pool
+        width, pool, registers = config.width, config.global_pool, config.num_registers
         self.patch_embed = PatchEmbed(config)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if pool == "token" else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_pos_prefix + config.num_patches, width))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.has_cls_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
+        if config.pos_embed_at != "every_layer":
+            register_tables(self, config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         # timm's names: the mean of the patches is normalised after pooling, the rest before.
         self.norm = nn.Identity() if pool == "avg" else nn.LayerNorm(width, config.norm_eps)
         self.attn_pool = AttentionPool(config) if pool == "map" else None
         self.fc_norm = nn.LayerNorm(width, config.norm_eps) if pool == "avg" else nn.Identity()
-        self.head = nn.Linear(width, config.num_classes)
+        hidden = config.representation_size
+        self.pre_logits = nn.Linear(width, hidden) if hidden else nn.Identity()
+        self.head = nn.Linear(hidden or width, config.num_classes)
 
     def forward(
-        self, images: Tensor, drop_path_keep: Tensor | None = None, own_share: Tensor | None = None
+        self,
+        images: Tensor,
+        drop_path_keep: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
+        own_share: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, K], in the dtype of the weights.
 
         images          uint8   [B, H, W, C]
-        drop_path_keep  float32 [B, depth, 2]  from `keep_factors`; none: no stochastic depth
-        own_share       float32 [B, H, W]      mixes normalised images 2i and 2i + 1: what each pixel keeps of its own,
-                                               in [0, 1], the rest is its partner's; none: nothing is mixed
+        drop_path_keep  float32 [B, depth, 2]          from `keep_factors`; none: no stochastic depth
+        dropout_keys    int32   [B, 1 + 3 * depth, 2]  from `dropout_keys`; none: no dropout
+        own_share       float32 [B, H, W]              mixes normalised images 2i and 2i + 1: what each pixel keeps of
+                                                       its own, in [0, 1], the rest is its partner's; none: no mixing
         """
-        return self.forward_head(self.forward_features(images, drop_path_keep, own_share))
+        return self.forward_head(self.forward_features(images, drop_path_keep, dropout_keys, own_share))
 
     def forward_features(
-        self, images: Tensor, drop_path_keep: Tensor | None = None, own_share: Tensor | None = None
+        self,
+        images: Tensor,
+        drop_path_keep: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
+        own_share: Tensor | None = None,
     ) -> Tensor:
         """uint8 [B, H, W, C] -> tokens [B, T, D] after the last block, and after `norm` unless the pool is avg."""
         self._check(images)
         patches = self.patch_embed(images, own_share)
-        x: Tensor = add_learned_1d(patches, self.cls_token, self.pos_embed, self.config.pos_embed_order)
+        x: Tensor = self._with_prefix(patches.to(self.patch_embed.proj.weight.dtype))
+        if self.config.pos_embed_at == "stem" and self.config.has_position_table:
+            x = add_table(x, learned_table(partial(getattr, self), self.config))
+        elif self.config.pos_embed.startswith("sincos"):
+            x = add_table(x, sincos_2d(self.config, x.device).to(x.dtype))
+        if dropout_keys is not None:
+            x = dropout(x, dropout_keys[:, 0], self.config.dropout_rate)
+        position = self._shared_position(x.device)
         for i, block in enumerate(self.blocks):
             keep = None if drop_path_keep is None else drop_path_keep[:, i]
+            first = 1 + PLACES * i
+            keys = None if dropout_keys is None else dropout_keys[:, first : first + PLACES]
             if self._recomputes(i):
                 # Nothing is drawn in a block, so there is no generator state to keep for the second pass.
-                x = checkpoint(block, x, keep, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, position, keep, keys, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, keep)
+                x = block(x, position, keep, keys)
         x = self.norm(x)
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens [B, T, D] -> logits [B, K], or with `pre_logits` the vector [B, D] that the head sees."""
-        if self.attn_pool is not None:
-            x = self.attn_pool(x)
+        """Tokens [B, T, D] -> logits [B, K], or with `pre_logits` the vector that the head sees: [B, D], or behind the
+        tanh layer [B, representation_size]."""
+        if self.config.has_cls_token:
+            x = x[:, 0]
         else:
-            x = x[:, 0] if self.config.global_pool == "token" else x.mean(1)
+            patches = x[:, self.config.num_prefix_tokens :]
+            x = patches.mean(1) if self.attn_pool is None else self.attn_pool(patches)
         x = self.fc_norm(x)
+        if self.config.representation_size:
+            x = torch.tanh(self.pre_logits(x))
         logits: Tensor = x if pre_logits else self.head(x)
         return logits
+
+    def _with_prefix(self, patches: Tensor) -> Tensor:
+        """[B, N, D] -> [B, T, D]: cls token, registers, patches."""
+        prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        if not prefix:
+            return patches
+        return torch.cat([*(token.expand(len(patches), -1, -1) for token in prefix), patches], dim=1)
+
+    def _shared_position(self, device: torch.device) -> Tensor | None:
+        """What every block is told of positions."""
+        if self.config.pos_embed == "rope_2d":
+            return rotation(self.config, device)
+        if self.config.pos_embed_at == "every_layer_shared":
+            return learned_table(partial(getattr, self), self.config)
+        return None
 
     def _recomputes(self, block: int) -> bool:
         every = self.checkpoint_every_blocks

@@ -54,19 +54,23 @@ def parameter_groups(
 
 
 def decays(name: str) -> bool:
-    """Whether weight decay applies: to the matrices of linear maps; not to biases, norms, tokens and PE tables."""
+    """Whether weight decay applies: to the matrices of linear maps; not to biases, norms, tokens, PE tables and
+    LayerScale's factors."""
     module, _, leaf = name.rpartition(".")
     return leaf == "weight" and "norm" not in module.rpartition(".")[2]
 
 
 def layer_id(name: str, depth: int) -> int:
-    """Layer of a parameter as in BEiT (arXiv 2106.08254) and MAE: embeddings 0, block i is i + 1, the rest last."""
+    """Layer of a parameter as in BEiT (arXiv 2106.08254) and MAE: embeddings 0, block i is i + 1, the rest last.
+
+    A position table that all blocks share counts as an embedding.
+    """
     top, _, rest = name.partition(".")
-    if top in ("patch_embed", "cls_token", "pos_embed"):
+    if top in ("patch_embed", "cls_token", "reg_token", "rel_pos") or top.startswith("pos_embed"):
         return 0
     if top == "blocks" and (number := rest.partition(".")[0]).isdecimal() and int(number) < depth:
         return int(number) + 1
-    if top in ("norm", "fc_norm", "attn_pool", "head"):
+    if top in ("norm", "fc_norm", "attn_pool", "pre_logits", "head"):
         return depth + 1
     raise ValueError(f"parameter {name!r} belongs to no layer of a model with {depth} blocks")
 

@@ -30,8 +30,8 @@ def test_a_value_depends_on_seed_and_name_and_on_nothing_else() -> None:
     before = weights[name]
     torch.manual_seed(99)
     assert torch.equal(weights[name], before)
-    assert torch.equal(initial_value(name, (384, 96), 1), before)
-    assert not torch.equal(initial_value(name, (384, 96), 2), before)
+    assert torch.equal(initial_value(name, (384, 96), CONFIG, 1), before)
+    assert not torch.equal(initial_value(name, (384, 96), CONFIG, 2), before)
     assert not torch.equal(weights["blocks.0.mlp.fc1.weight"], before)
     assert before.dtype == torch.float32
 
@@ -46,7 +46,7 @@ def test_a_value_depends_on_seed_and_name_and_on_nothing_else() -> None:
 )
 def test_values_are_pinned(name: str, shape: tuple[int, ...], expected: list[float]) -> None:
     """A repeated run starts from these numbers: a change here changes every run."""
-    value = initial_value(name, shape, 0).flatten()[:3]
+    value = initial_value(name, shape, CONFIG, 0).flatten()[:3]
     torch.testing.assert_close(value, torch.tensor(expected), atol=1e-6, rtol=0)
 
 
@@ -65,7 +65,7 @@ def test_values_are_pinned(name: str, shape: tuple[int, ...], expected: list[flo
     ],
 )
 def test_spread_is_that_of_the_paper_s_code(name: str, shape: tuple[int, ...], std: float) -> None:
-    value = initial_value(name, shape, 0)
+    value = initial_value(name, shape, CONFIG, 0)
     sampling_error = 4 / value.numel() ** 0.5
     assert value.std().item() == pytest.approx(std, rel=max(0.03, sampling_error / 2))
     assert abs(value.mean().item()) < std * sampling_error
@@ -79,6 +79,36 @@ def test_norms_are_one_and_biases_tokens_and_head_are_zero() -> None:
             assert not value.any(), name
         else:
             assert value.any(), name
+
+
+def test_new_parameters_start_as_documented() -> None:
+    more = {
+        "layer_scale": 1e-4,
+        "qk_norm": True,
+        "num_registers": 4,
+        "act": "swiglu",
+        "representation_size": 64,
+        "head_bias": -6.9,
+        "pos_embed": "relative",
+        "pos_embed_at": "every_layer_shared",
+    }
+    config = CONFIG.model_copy(update=more)
+    weights = dict(InitialWeights(config, 0))
+    assert set(weights["blocks.0.ls1.gamma"].tolist()) == {torch.tensor(1e-4).item()}
+    assert torch.equal(weights["blocks.1.attn.k_norm.weight"], torch.ones(32))
+    assert torch.equal(weights["head.bias"], torch.full((5,), -6.9))
+    assert not weights["head.weight"].any()
+    assert weights["reg_token"].std().item() == pytest.approx(0.02, rel=0.2)
+    assert not torch.allclose(weights["reg_token"][0, 0], weights["reg_token"][0, 1])
+    assert weights["rel_pos"].std().item() == pytest.approx(0.02, rel=0.1)
+    assert weights["pre_logits.weight"].std().item() == pytest.approx(96**-0.5, rel=0.05)
+    gate, value = weights["blocks.0.mlp.fc1.weight"].split(384)
+    for half in (gate, value):  # each is drawn as the map it is, not as one of twice the fan
+        assert half.std().item() == pytest.approx((2 / 480) ** 0.5, rel=0.03)
+    two = InitialWeights(CONFIG.model_copy(update={"pos_embed": "learned_2d"}), 0)
+    assert {name: two[name].std().item() for name in ("pos_embed_x", "pos_embed_y")} == pytest.approx(
+        {"pos_embed_x": 0.02, "pos_embed_y": 0.02}, rel=0.2
+    )
 
 
 def test_build_refuses_weights_that_are_not_the_model_s() -> None:

@@ -4,82 +4,39 @@ import math
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from vits import KINDS, ORDERS, POOLS, as_timm_input, random_images, random_weights, timm_model, tiny
 
 from pretrain.config import ModelConfig
 from pretrain.model import (
     InitialWeights,
     VisionTransformer,
     build,
+    dropout_keys,
     forward_flops,
     keep_factors,
     num_parameters,
     parameter_shapes,
 )
 
-POOLS = ("token", "avg", "map")
-ORDERS = ("cls_then_pe", "pe_then_cls")
+VARIANTS: dict[str, dict[str, object]] = {
+    "plain": {},
+    "gelu_tanh": {"act": "gelu_tanh"},
+    "registers": {"num_registers": 2},
+    "layer_scale, qk_norm": {"layer_scale": 0.1, "qk_norm": True},
+    "no positions": {"pos_embed": "none"},
+    "all at once": {"num_registers": 3, "layer_scale": 0.1, "qk_norm": True, "act": "swiglu"},
+}
 
 
-def tiny(**changes: object) -> ModelConfig:
-    """Odd on every axis that code may take for another: 3 x 5 patches of 4 x 2 pixels, an MLP of no round ratio."""
-    settings = {
-        "embed_dim": 48,
-        "depth": 3,
-        "num_heads": 3,
-        "mlp_dim": 100,
-        "img_size": (12, 10),
-        "patch_size": (4, 2),
-        "num_classes": 7,
-        "mean": (0.1, 0.2, 0.3),
-        "std": (0.4, 0.5, 0.6),
-    }
-    return ModelConfig.model_validate(settings | changes)
-
-
-def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Weights under which every parameter matters to the logits: no zero head, no unit norm."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(shape, generator=generator) * 0.3
-        for name, shape in parameter_shapes(config).items()
-    }
-
-
-def random_images(config: ModelConfig, count: int = 3) -> torch.Tensor:
-    shape = (count, *config.img_size, config.in_chans)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-
-
-def as_timm_input(images: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    mean, std = torch.tensor(config.mean), torch.tensor(config.std)
-    return ((images / 255 - mean) / std).permute(0, 3, 1, 2)
-
-
-def timm_model(config: ModelConfig) -> TimmViT:
-    return TimmViT(
-        img_size=config.img_size,
-        patch_size=config.patch_size,
-        in_chans=config.in_chans,
-        num_classes=config.num_classes,
-        embed_dim=config.width,
-        depth=config.num_blocks,
-        num_heads=config.heads,
-        mlp_ratio=config.mlp_width / config.width,
-        class_token=config.global_pool == "token",
-        no_embed_class=config.pos_embed_order == "pe_then_cls",
-        global_pool=config.global_pool,
-        act_layer=config.act,
-    ).eval()
-
-
-@pytest.mark.parametrize("act", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("pool", POOLS)
-def test_features_and_logits_equal_timm(pool: str, order: str, act: str) -> None:
-    config = tiny(global_pool=pool, pos_embed_order=order, act=act)
+def test_features_and_logits_equal_timm(pool: str, order: str, variant: dict[str, object]) -> None:
+    if pool == "map" and variant.get("act") == "swiglu":
+        variant = variant | {"act": "silu"}  # timm gates the blocks' MLPs alone
+    config = tiny(global_pool=pool, pos_embed_order=order, **variant)
     weights, images = random_weights(config), random_images(config)
     ours, timm = build(config, weights), timm_model(config)
     timm.load_state_dict(weights, strict=True)
@@ -94,6 +51,32 @@ def test_features_and_logits_equal_timm(pool: str, order: str, act: str) -> None
         logits = ours(images)
         torch.testing.assert_close(logits, timm(as_timm_input(images, config)), atol=1e-5, rtol=1e-5)
     assert logits.std() > 0.1
+
+
+@pytest.mark.parametrize("act", ["relu", "elu", "silu", "swiglu"])
+def test_every_activation_equals_timm(act: str) -> None:
+    config = tiny(act=act)
+    weights, images = random_weights(config), random_images(config)
+    timm = timm_model(config)
+    timm.load_state_dict(weights, strict=True)
+    with torch.no_grad():
+        expected = timm(as_timm_input(images, config))
+        torch.testing.assert_close(build(config, weights)(images), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_tanh_layer_stands_between_the_pooled_vector_and_the_head() -> None:
+    config, plain = tiny(representation_size=20), tiny()
+    weights, images = random_weights(config), random_images(config)
+    rest = {name: value for name, value in weights.items() if not name.startswith(("pre_logits", "head"))}
+    body = build(plain, rest | {"head.weight": torch.zeros(7, 48), "head.bias": torch.zeros(7)})
+    with torch.no_grad():
+        pooled = body.forward_head(body.forward_features(images), pre_logits=True)
+        hidden = torch.tanh(pooled @ weights["pre_logits.weight"].T + weights["pre_logits.bias"])
+        expected = hidden @ weights["head.weight"].T + weights["head.bias"]
+        model = build(config, weights)
+        torch.testing.assert_close(model(images), expected)
+        features = model.forward_features(images)
+        torch.testing.assert_close(model.forward_head(features, pre_logits=True), hidden)
 
 
 def test_one_channel_equals_timm() -> None:
@@ -129,10 +112,28 @@ def test_parameter_counts_are_the_published_ones(size: str, patch: int, expected
     assert sum(math.prod(shape) for shape in parameter_shapes(config).values()) == expected
 
 
-@pytest.mark.parametrize("order", ORDERS)
+def test_the_published_recipe_of_big_vision_has_its_size() -> None:
+    config = ModelConfig(
+        size="S", img_size=(224, 224), patch_size=(16, 16), num_classes=1000, global_pool="avg",
+        pos_embed="sincos_2d_big_vision", representation_size=384,
+    )  # fmt: skip
+    assert num_parameters(config) == 22_122_472
+
+
+EVERYTHING = {
+    "num_registers": 2,
+    "layer_scale": 0.1,
+    "qk_norm": True,
+    "act": "swiglu",
+    "representation_size": 20,
+}
+
+
+@pytest.mark.parametrize("more", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pool", POOLS)
-def test_counts_equal_the_module(pool: str, order: str) -> None:
-    config = tiny(global_pool=pool, pos_embed_order=order)
+def test_counts_equal_the_module(pool: str, kind: dict[str, str], more: dict[str, object]) -> None:
+    config = tiny(global_pool=pool, **kind, **more)
     model = build(config, InitialWeights(config, 0)).requires_grad_(False)
     assert num_parameters(config) == sum(p.numel() for p in model.parameters())
     # torch counts no attention kernel of the CPU's; as plain matrix products it does.
@@ -141,16 +142,17 @@ def test_counts_equal_the_module(pool: str, order: str) -> None:
     assert 2 * forward_flops(config) == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("pool", POOLS)
-def test_recomputation_changes_neither_output_nor_gradient(pool: str) -> None:
-    config = tiny(global_pool=pool, drop_path_rate=0.4, depth=4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputation_changes_neither_output_nor_gradient(kind: dict[str, str]) -> None:
+    config = tiny(drop_path_rate=0.4, dropout_rate=0.3, depth=4, **kind)
     weights, images = random_weights(config), random_images(config, 8)
     keep = keep_factors(3, torch.arange(8), (0.0, 0.2, 0.4, 0.6))
+    keys = dropout_keys(3, torch.arange(8), 4)
     results = []
     for every in (0, 1, 3):
         model = build(config, weights, checkpoint_every_blocks=every)
         calls = count_calls(model)
-        logits = model(images, keep)
+        logits = model(images, keep, keys)
         logits.logsumexp(1).sum().backward()
         results.append((logits, [p.grad for p in model.parameters()]))
         assert calls == [2 if every and i % every == 0 else 1 for i in range(4)]
@@ -193,7 +195,7 @@ def test_each_branch_is_scaled_by_its_own_factor() -> None:
     keep = torch.tensor([[0.0, 2.0], [3.0, 0.5]])
     y = x + keep[:, :1, None] * block.attn(block.norm1(x))
     y = y + keep[:, 1:, None] * block.mlp(block.norm2(y))
-    torch.testing.assert_close(block(x, keep), y)
+    torch.testing.assert_close(block(x, keep=keep), y)
     assert model(images, keep[:, None]).shape == (2, 7)
 
 
