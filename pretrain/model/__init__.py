@@ -5,7 +5,8 @@ from pretrain.model.count import forward_flops, num_parameters
 from pretrain.model.drop_path import drop_path_rates, keep_factors
 from pretrain.model.dropout import dropout_keys
 from pretrain.model.init import InitialWeights, LazyWeights, initial_value, parameter_shapes
-from pretrain.model.resize import resize_pos_embed
+from pretrain.model.position import learned_table, sincos_2d, table_shapes
+from pretrain.model.resize import resize_axis, resize_patch_filters, resize_pos_embed, resize_relative
 from pretrain.model.vit import VisionTransformer
 
 __all__ = [
@@ -18,7 +19,13 @@ __all__ = [
     "forward_flops",
     "initial_value",
     "keep_factors",
+    "learned_table",
     "num_parameters",
     "parameter_shapes",
+    "resize_axis",
+    "resize_patch_filters",
     "resize_pos_embed",
+    "resize_relative",
+    "sincos_2d",
+    "table_shapes",
 ]
