@@ -77,6 +77,22 @@ VARIANTS = {
     "mean, one channel": {"global_pool": "avg", "in_chans": 1, "mean": (0.3,), "std": (0.2,)},
     "attention pool, tanh": {"global_pool": "map", "act": "gelu_tanh", "mean": (0.5,), "std": (0.5,)},
     "patches of 4x2": {"patch_size": (4, 2)},
+    "registers, LayerScale, qk-norm": {"num_registers": 2, "layer_scale": 0.1, "qk_norm": True},
+    "registers without position": {"num_registers": 2, "pos_embed_order": "pe_then_cls", "act": "relu"},
+    "swiglu": {"act": "swiglu", "mlp_dim": 20},
+    "swiglu, everything": {"act": "swiglu", "layer_scale": 0.1, "num_registers": 1, "qk_norm": True},
+    "no position": {"pos_embed": "none", "act": "elu"},
+    "learned_2d": {"pos_embed": "learned_2d", "num_registers": 1, "act": "silu"},
+    "learned_2d without cls": {"pos_embed": "learned_2d", "pos_embed_order": "pe_then_cls"},
+    "sincos of MAE": {"pos_embed": "sincos_2d_mae"},
+    "sincos of big_vision, mean": {"pos_embed": "sincos_2d_big_vision", "global_pool": "avg"},
+}
+ONLY_OURS = {
+    "rotary": {"pos_embed": "rope_2d", "rope_reference_grid": (4, 4)},
+    "relative": {"pos_embed": "relative", "pos_embed_at": "every_layer"},
+    "tables of every layer": {"pos_embed": "learned_2d", "pos_embed_at": "every_layer"},
+    "tanh layer": {"representation_size": 8, "head_bias": -6.9},
+    "gated attention pool": {"act": "swiglu", "global_pool": "map"},
 }
 
 
@@ -90,6 +106,28 @@ def test_loaded_again_it_answers_the_same(tmp_path: Path, form: str, variant: di
     assert done.images == "4 images"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert sorted(path.name for path in done.path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("variant", ONLY_OURS.values(), ids=ONLY_OURS)
+def test_what_timm_cannot_express_our_own_format_can(tmp_path: Path, variant: dict[str, object]) -> None:
+    config = model(**variant)
+    done = write(tmp_path / "out", "safetensors", config)
+    assert done.difference is not None
+    assert done.difference <= 1e-5
+    assert load_export(done.path)[1] == config
+    with pytest.raises(ExportError, match="use --format safetensors"):
+        write(tmp_path / "timm", "timm", config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_all_that_timm_cannot_express_is_said_at_once(tmp_path: Path) -> None:
+    config = model(
+        norm_eps=1e-5, pos_embed_at="every_layer", representation_size=8, act="swiglu", global_pool="map"
+    )
+    with pytest.raises(ExportError) as caught:
+        write(tmp_path / "out", "timm", config)
+    for name in ("norm_eps", "pos_embed_at", "representation_size", "global_pool map"):
+        assert f"model.{name}" in str(caught.value)
 
 
 def test_our_own_export_reloads_to_the_same_config_and_bits(tmp_path: Path) -> None:
@@ -163,7 +201,7 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:
 
 
 def test_what_timm_cannot_express_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"norm_eps 1e-05.*use --format safetensors"):
+    with pytest.raises(ExportError, match=r"use --format safetensors:\n  - model\.norm_eps 1e-05"):
         write(tmp_path / "out", "timm", model(norm_eps=1e-5))
     assert list(tmp_path.iterdir()) == []
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from pretrain.config import ModelConfig
 from pretrain.errors import CheckpointError
 from pretrain.export.files import CONFIG, WEIGHTS, Preprocess, Provenance, per_channel
 from pretrain.model import VisionTransformer, build
+
+
+def adapt(weights: Mapping[str, Tensor], model: ModelConfig) -> tuple[Mapping[str, Tensor], ModelConfig]:
+    """Every model is expressed as it is."""
+    return weights, model
 
 
 def describe(model: ModelConfig, preprocess: Preprocess, provenance: Provenance) -> dict[str, Any]:

@@ -1,30 +1,61 @@
 """A folder that timm loads by `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pretrain.config import ModelConfig
+from pretrain.config import InitConfig, ModelConfig
 from pretrain.errors import ExportError
 from pretrain.export.files import Preprocess, Provenance, per_channel
+from pretrain.transfer import transfer
 
 _ARCHITECTURE = "vit_base_patch16_224"
-"""timm builds from a registered name; `model_args` overrides each of its defaults, so any plain ViT's would do."""
+_GATED_ARCHITECTURE = "vit_giant_patch14_reg4_dinov2"
+"""timm builds from a registered name; `model_args` overrides each of its defaults but the class of the MLP, so any
+plain ViT's would do, and any with a gated MLP."""
 
 _NORM_EPS = 1e-6
 
 
-def describe(model: ModelConfig, preprocess: Preprocess, provenance: Provenance) -> dict[str, Any]:
-    if model.norm_eps != _NORM_EPS:
+def adapt(weights: Mapping[str, Tensor], model: ModelConfig) -> tuple[Mapping[str, Tensor], ModelConfig]:
+    """The same function as timm can say it: timm's one position embedding is a row for each token.
+
+    Raises `ExportError` with all that timm cannot express.
+    """
+    if reasons := list(_inexpressible(model)):
         raise ExportError(
-            f"a timm folder cannot say model.norm_eps {model.norm_eps:g}: timm's plain ViT has {_NORM_EPS:g}; "
-            "use --format safetensors"
+            "timm's plain ViT cannot express this model; use --format safetensors:\n"
+            + "\n".join(f"  - {reason}" for reason in reasons)
         )
+    if model.pos_embed in ("none", "learned_1d"):
+        return weights, model
+    order = model.pos_embed_order if model.has_position_table else "pe_then_cls"
+    written_out = model.model_copy(update={"pos_embed": "learned_1d", "pos_embed_order": order})
+    init = InitConfig(source="the model itself")
+    return transfer(weights, model, written_out, init, seed=0).weights, written_out
+
+
+def _inexpressible(model: ModelConfig) -> Iterator[str]:
+    if model.norm_eps != _NORM_EPS:
+        yield f"model.norm_eps {model.norm_eps:g}: a folder cannot say it, and timm's own is {_NORM_EPS:g}"
+    if model.pos_embed in ("relative", "rope_2d"):
+        yield f"model.pos_embed {model.pos_embed}: there are only positions that are added to tokens"
+    elif model.pos_embed_at != "stem":
+        yield f"model.pos_embed_at {model.pos_embed_at}: positions are added at the stem alone"
+    if model.representation_size is not None:
+        yield f"model.representation_size {model.representation_size}: the head is one linear map"
+    if model.act == "swiglu" and model.global_pool == "map":
+        yield "model.act swiglu with model.global_pool map: the pool's own MLP is not gated"
+
+
+def describe(model: ModelConfig, preprocess: Preprocess, provenance: Provenance) -> dict[str, Any]:
+    gated = model.act == "swiglu"
     mean, std = per_channel(model)
     return {
-        "architecture": _ARCHITECTURE,
+        "architecture": _GATED_ARCHITECTURE if gated else _ARCHITECTURE,
         "num_classes": model.num_classes,
         "num_features": model.width,
         "model_args": {
@@ -36,11 +67,15 @@ def describe(model: ModelConfig, preprocess: Preprocess, provenance: Provenance)
             "depth": model.num_blocks,
             "num_heads": model.heads,
             "mlp_ratio": _mlp_ratio(model),
-            "class_token": model.num_prefix_tokens == 1,
+            "class_token": model.has_cls_token,
+            "reg_tokens": model.num_registers,
+            "pos_embed": "none" if model.pos_embed == "none" else "learn",
             "no_embed_class": model.pos_embed_order == "pe_then_cls",
             "global_pool": model.global_pool,
             "fc_norm": model.global_pool == "avg",
-            "act_layer": model.act,
+            "act_layer": "silu" if gated else model.act,
+            "qk_norm": model.qk_norm,
+            "init_values": model.layer_scale,
         },
         "pretrained_cfg": {
             "input_size": [model.in_chans, *model.img_size],
@@ -75,6 +110,7 @@ def logits(folder: Path, images: Tensor) -> Tensor:
 
 
 def _mlp_ratio(model: ModelConfig) -> float:
-    """A ratio from which timm's int(embed_dim * ratio) finds mlp_dim; the quotient may round to one too few."""
-    ratio = model.mlp_width / model.width
-    return ratio if int(model.width * ratio) == model.mlp_width else (model.mlp_width + 0.5) / model.width
+    """A ratio from which timm's int(embed_dim * ratio) finds the rows of fc1; the quotient may round to one too few."""
+    rows = model.mlp_width * (2 if model.act == "swiglu" else 1)
+    ratio = rows / model.width
+    return ratio if int(model.width * ratio) == rows else (rows + 0.5) / model.width

@@ -27,8 +27,11 @@ LARGEST_DIFFERENCE = 1e-4
 
 
 class _Format(NamedTuple):
+    adapt: Callable[[Mapping[str, Tensor], ModelConfig], tuple[Mapping[str, Tensor], ModelConfig]]
+    """Weights and model as the format says them; raises `ExportError` for a model that it cannot express."""
+
     describe: Callable[[ModelConfig, Preprocess, Provenance], dict[str, Any]]
-    """The content of config.json; raises `ExportError` for a model that the format cannot express."""
+    """The content of config.json."""
 
     logits: Callable[[Path, Tensor], Tensor]
     """Load the folder as its users will and answer uint8 images [B, H, W, C] with float32 logits [B, K]."""
@@ -37,9 +40,14 @@ class _Format(NamedTuple):
 
 
 _FORMATS = {
-    "safetensors": _Format(native.describe, native.logits, "pretrain.export.native.load_export({folder!r})"),
+    "safetensors": _Format(
+        native.adapt, native.describe, native.logits, "pretrain.export.native.load_export({folder!r})"
+    ),
     "timm": _Format(
-        timm_folder.describe, timm_folder.logits, "timm.create_model('local-dir:{folder}', pretrained=True)"
+        timm_folder.adapt,
+        timm_folder.describe,
+        timm_folder.logits,
+        "timm.create_model('local-dir:{folder}', pretrained=True)",
     ),
 }
 
@@ -78,9 +86,10 @@ def write_export(
     chosen = _FORMATS[form]
     with _aside(out) as folder:
         tensors = {name: value.float().clone() for name, value in weights.items()}
-        _save(tensors, folder / WEIGHTS)
+        adapted, described = chosen.adapt(tensors, model)
+        _save(dict(adapted), folder / WEIGHTS)
         provenance = Provenance.of(folder / WEIGHTS, lineage)
-        document = chosen.describe(model, preprocess or Preprocess(), provenance)
+        document = chosen.describe(described, preprocess or Preprocess(), provenance)
         (folder / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
         difference, seen = None, ""
         if verify:
