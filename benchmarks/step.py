@@ -1,17 +1,21 @@
-"""One training step, against timm's ViT in a plain torch loop and against the GEMM peak, in one interleaved run.
+"""One training step, against timm's and transformers' ViT in a plain torch loop and against the GEMM peak.
 
     python benchmarks/step.py                       # the demo's model, Ti at 32 px and S/16 at 224 px
     python benchmarks/step.py --case demo --rounds 5 --precision bf16
+    python benchmarks/step.py --case Ti-32 --case S-224 --compile
 
 A step is: uint8 batch to normalised input, forward, loss, backward, clipping, AdamW. In every round each contender
 takes one step, in an order that rotates, and the matrix product that stands for the peak runs too: what the machine's
 neighbours do meets all of them. What is compared is the median over rounds of the ratios within a round.
 
-    ours      our VisionTransformer in a plain torch loop
-    timm      timm's VisionTransformer with the same weights and the same optimizer, in the same loop
-    engine    our VisionTransformer under DeepSpeed ZeRO-1, one process, as `pretrain.train` runs it
+    ours          our VisionTransformer in a plain torch loop
+    timm          timm's VisionTransformer with the same weights and the same optimizer, in the same loop
+    transformers  transformers' ViTForImageClassification, likewise
+    engine        our VisionTransformer under DeepSpeed ZeRO-1, one process, as `pretrain.train` runs it
 
-In bf16 the two plain loops use torch.autocast over fp32 weights; the engine holds bf16 weights and fp32 masters.
+With --compile each is there twice, eager and compiled: ours and the engine's block by block, as `engine.compile` does,
+the peers' as a whole. In bf16 the plain loops use torch.autocast over fp32 weights; the engine holds bf16 weights and
+fp32 masters.
 """
 
 import os
@@ -24,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import peers
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -72,34 +77,35 @@ CASES = {
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=15, show_default=True)
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@click.option("--compile", "compiled", is_flag=True, help="Time each contender compiled as well.")
 @click.option(
     "--threads", type=click.IntRange(min=1), help="Threads of torch on a CPU; by default its own choice."
 )
-def main(names: tuple[str, ...], rounds: int, precision: str, threads: int | None) -> None:
-    """Time one training step of ours, of timm's ViT and of our engine, interleaved."""
+def main(names: tuple[str, ...], rounds: int, precision: str, compiled: bool, threads: int | None) -> None:
+    """Time one training step of ours, of timm's and transformers' ViT and of our engine, interleaved."""
     if threads:
         torch.set_num_threads(threads)
     world = World(0, 1, 0, "127.0.0.1", 0, "benchmark")
     with joined(world, device_of(world), 600) as ranks, tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
         for name in names or CASES:
-            _show(name, precision, *_run(CASES[name], precision, rounds, ranks, Path(folder)))
+            timed = _run(CASES[name], precision, rounds, ranks, Path(folder), compiled)
+            _show(name, precision, *timed)
 
 
 def _run(
-    case: Case, precision: str, rounds: int, ranks: Ranks, folder: Path
+    case: Case, precision: str, rounds: int, ranks: Ranks, folder: Path, compiled: bool
 ) -> tuple[dict[str, list[float]], int, float]:
     """Seconds of each round by contender (`peak`: of the matrix product), the batch, and FLOP of a step."""
     batch_size = case.cuda_batch if ranks.device.type == "cuda" else case.cpu_batch
     config, plan = _settings(case, precision, batch_size)
     batch = _batch(config, batch_size)
-    contenders: dict[str, Callable[[], Tensor]] = {
-        "ours": _plain(
-            build(config.model, InitialWeights(config.model, 0)), config, precision, batch, ranks.device
-        ),
-        "timm": _plain(_timm(config), config, precision, batch, ranks.device),
-        "engine": _engine(config, plan, batch, ranks, folder),
-    }
+    contenders = _contenders(config, plan, batch, ranks, folder)
+    if compiled:
+        fast = config.model_copy(update={"engine": config.engine.model_copy(update={"compile": True})})
+        contenders |= {
+            f"{name}, compiled": step for name, step in _contenders(fast, plan, batch, ranks, folder).items()
+        }
     losses = {name: float(step()) for name, step in contenders.items()}
     if max(losses.values()) - min(losses.values()) > AGREE[precision] * losses["ours"]:
         raise click.ClickException(f"the contenders do not compute the same loss: {losses}")
@@ -115,6 +121,27 @@ def _run(
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - began)
     return seconds, batch_size, TRAIN_FLOPS_FACTOR * forward_flops(config.model) * batch_size
+
+
+def _contenders(
+    config: Config, plan: Plan, batch: Batch, ranks: Ranks, folder: Path
+) -> dict[str, Callable[[], Tensor]]:
+    ours = build(config.model, InitialWeights(config.model, 0))
+    models: dict[str, nn.Module] = {
+        "timm": peers.timm(config.model),
+        "transformers": peers.transformers(config.model),
+    }
+    if config.engine.compile:
+        ours.compile_blocks()
+        for model in models.values():
+            model.compile(dynamic=False)
+    return {
+        **{
+            name: _plain(model, config, batch, ranks.device)
+            for name, model in {"ours": ours, **models}.items()
+        },
+        "engine": _engine(config, plan, batch, ranks, folder),
+    }
 
 
 def _settings(case: Case, precision: str, batch_size: int) -> tuple[Config, Plan]:
@@ -142,9 +169,7 @@ def _batch(config: Config, size: int) -> Batch:
     )
 
 
-def _plain(
-    model: nn.Module, config: Config, precision: str, batch: Batch, device: torch.device
-) -> Callable[[], Tensor]:
+def _plain(model: nn.Module, config: Config, batch: Batch, device: torch.device) -> Callable[[], Tensor]:
     """A training step as a person writes it in plain torch."""
     model.to(device).train()
     groups = parameter_groups(model.named_parameters(), config.optim, config.model.num_blocks)
@@ -153,7 +178,7 @@ def _plain(
 
     def step() -> Tensor:
         data = batch.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
             loss = objective.losses(model(data.images), data.labels).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -162,37 +187,6 @@ def _plain(
         return loss.detach()
 
     return step
-
-
-class _Normalised(nn.Module):
-    """timm's model behind what its users do with a uint8 batch: to float, minus mean, by std, channels first."""
-
-    def __init__(self, model: nn.Module, mean: float, std: float) -> None:
-        super().__init__()
-        self.model = model
-        self.mean, self.std = mean * 255, std * 255
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model(images.permute(0, 3, 1, 2).float().sub_(self.mean).div_(self.std))
-        return logits
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        """timm's own names, which are ours, so that both have the same parameter groups."""
-        return self.model.named_parameters(*args, **kwargs)
-
-
-def _timm(config: Config) -> nn.Module:
-    try:
-        from timm.models.vision_transformer import VisionTransformer as TimmViT
-    except ImportError:
-        raise click.ClickException("timm is the peer of this benchmark: pip install -e '.[test]'") from None
-    model = config.model
-    peer = TimmViT(
-        img_size=model.img_size, patch_size=model.patch_size, in_chans=model.in_chans, num_classes=model.num_classes,
-        embed_dim=model.width, depth=model.num_blocks, num_heads=model.heads, mlp_ratio=model.mlp_width / model.width,
-    )  # fmt: skip
-    peer.load_state_dict(dict(InitialWeights(model, 0)))
-    return _Normalised(peer, model.mean[0], model.std[0])
 
 
 def _engine(config: Config, plan: Plan, batch: Batch, ranks: Ranks, folder: Path) -> Callable[[], Tensor]:
@@ -214,7 +208,7 @@ def _show(name: str, precision: str, seconds: dict[str, list[float]], batch: int
     peak = 2 * size**3 / statistics.median(seconds["peak"])
     title = f"{name}, {precision}, batch {batch}; GEMM peak {peak / 1e9:,.0f} GFLOP/s; medians of {len(seconds['ours'])}"
     table = Table("", "ms", "images/s", "time / ours", "range", "share of peak", title=title)
-    for contender in ("ours", "timm", "engine"):
+    for contender in (name for name in seconds if name != "peak"):
         median = statistics.median(seconds[contender])
         ratios = [theirs / ours for theirs, ours in zip(seconds[contender], seconds["ours"], strict=True)]
         table.add_row(

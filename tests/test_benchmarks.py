@@ -20,7 +20,7 @@ def test_the_step_benchmark_compares_the_same_step_of_all_contenders() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    for contender in ("ours", "timm", "engine"):
+    for contender in ("ours", "timm", "transformers", "engine"):
         assert contender in done.stdout
     assert "share of peak" in done.stdout
 

@@ -83,6 +83,8 @@ class Engine:
             module = VisionTransformer(self.config.model, self.plan.checkpoint_every_blocks)
         if self.plan.zero_stage < 3:
             module.to(self.ranks.device)
+        if self.config.engine.compile:
+            module.compile_blocks()
         groups = parameter_groups(module.named_parameters(), self.config.optim, self.config.model.num_blocks)
         optimizer = build_optimizer(groups, self.config.optim, self.ranks.device)
         engine, *_ = deepspeed.initialize(
