@@ -6,6 +6,7 @@ optimizer; the batch, the loss weights, the learning rate and the checkpoints ar
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +23,7 @@ from pretrain.distributed import Ranks
 from pretrain.engine import fragments, private_api
 from pretrain.engine.fragments import Fragment
 from pretrain.engine.settings import deepspeed_config
+from pretrain.errors import ConfigError
 from pretrain.model import VisionTransformer, drop_path_rates, dropout_keys, keep_factors
 from pretrain.objective import Mix, Objective, draw_mix
 from pretrain.optim import build_optimizer, parameter_groups, set_lr
@@ -58,6 +60,8 @@ class Engine:
             ranks.device.index is not None
         ):  # what DeepSpeed takes its device from; a task may see one GPU only
             os.environ["LOCAL_RANK"] = str(ranks.device.index)
+        if config.engine.compile:
+            _require_compiler()
         self._engine, self._optimizer = self._build(log_file)
         private_api.set_timeouts(self._engine, timedelta(seconds=config.engine.timeout_seconds))
         self._held = fragments.held(self._engine)
@@ -202,3 +206,13 @@ def _be_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def _require_compiler() -> None:
+    """torch.compile builds C++ on a CPU and, for its launchers, on CUDA too; without a compiler it fails in step 1."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ConfigError(
+            f"engine.compile needs a C++ compiler, and there is no {compiler} here: "
+            "install one (Debian: apt-get install g++), name it in CXX, or leave engine.compile out"
+        )

@@ -16,8 +16,9 @@ class PatchProjection(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.width))
 
     def forward(self, patches: Tensor) -> Tensor:
-        """float32 [B, N, C*P*P] -> [B, N, D] in the dtype of the weight."""
-        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+        """float32 [B, N, P*P*C] -> [B, N, D] in the dtype of the weight, which is small and so the one to be reordered."""
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # [D, P*P*C]
+        return F.linear(patches.to(self.weight.dtype), weight, self.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -33,27 +34,27 @@ class PatchEmbed(nn.Module):
         patches = self.normalize(self.patchify(images))
         if own_share is not None:
             others = patches.reshape(-1, 2, *patches.shape[1:]).flip(1).reshape(patches.shape)
-            share = self.patchify(own_share[..., None]).repeat(1, 1, self.config.in_chans)  # [B, N, C*P*P]
+            share = self.patchify(own_share[..., None]).repeat_interleave(self.config.in_chans, dim=-1)
             patches = torch.lerp(others, patches, share)
         tokens: Tensor = self.proj(patches)
         return tokens
 
     def patchify(self, images: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B, N, C*P*P] of the same dtype, patches by rows, each in the order of the weight."""
+        """[B, H, W, C] -> [B, N, P*P*C] of the same dtype, patches by rows, each in the order of its pixels."""
         (rows, columns), (height, width) = self.config.grid, self.config.patch_size
         x = images.reshape(-1, rows, height, columns, width, images.shape[-1])
-        return x.permute(0, 1, 3, 5, 2, 4).reshape(len(images), rows * columns, -1)
+        return x.permute(0, 1, 3, 2, 4, 5).reshape(len(images), rows * columns, -1)
 
     def normalize(self, patches: Tensor) -> Tensor:
-        """(x / 255 - mean) / std per channel: uint8 [B, N, C*P*P] -> float32 of that shape.
+        """(x / 255 - mean) / std per channel: uint8 [B, N, P*P*C] -> float32 of that shape.
 
         The constants are made here, on the device: as buffers they would be rounded by `module.bfloat16()`.
         """
         config = self.config
-        channels = range(config.in_chans)
-        mean, std = ([v[c % len(v)] for c in channels] for v in (config.mean, config.std))
+        mean, std = (
+            torch.tensor(v, dtype=torch.float32, device=patches.device).expand(config.in_chans)
+            for v in (config.mean, config.std)
+        )
         area = config.patch_size[0] * config.patch_size[1]
-        ones = torch.ones(area, dtype=torch.float32, device=patches.device)
-        scale = torch.cat([ones * (1 / (255 * std[c])) for c in channels])
-        shift = torch.cat([ones * (-mean[c] / std[c]) for c in channels])
+        scale, shift = (1 / (255 * std)).repeat(area), (-mean / std).repeat(area)
         return torch.addcmul(shift, patches.float(), scale)

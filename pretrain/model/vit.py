@@ -53,7 +53,8 @@ class Attention(nn.Module):
         """
         config = self.config
         qkv = self.qkv(x).unflatten(-1, (3, config.heads, -1))  # [B, T, 3, h, d]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, h, T, d]
+        # Taken apart along this axis, so that their gradients are put together in the layout of qkv, without a copy.
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each [B, h, T, d]
         q, k = self.q_norm(q), self.k_norm(k)
         bias = None
         if position is not None and config.pos_embed == "rope_2d":
@@ -172,7 +173,7 @@ class AttentionPool(nn.Module):
         """[B, T, D] -> [B, D]."""
         q = self.q(self.latent.expand(len(x), -1, -1)).unflatten(-1, (self.num_heads, -1))  # [B, 1, h, d]
         kv = self.kv(x).unflatten(-1, (2, self.num_heads, -1))  # [B, T, 2, h, d]
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, h, T, d]
+        k, v = (part.transpose(1, 2) for part in kv.unbind(2))  # each [B, h, T, d]
         x = F.scaled_dot_product_attention(q.transpose(1, 2), k, v)  # [B, h, 1, d]
         x = self.proj(x.flatten(1))
         x = x + self.mlp(self.norm(x))
