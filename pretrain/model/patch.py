@@ -51,10 +51,10 @@ class PatchEmbed(nn.Module):
         The constants are made here, on the device: as buffers they would be rounded by `module.bfloat16()`.
         """
         config = self.config
-        mean, std = (
-            torch.tensor(v, dtype=torch.float32, device=patches.device).expand(config.in_chans)
-            for v in (config.mean, config.std)
-        )
+        channels = range(config.in_chans)
+        mean, std = ([v[c % len(v)] for c in channels] for v in (config.mean, config.std))
         area = config.patch_size[0] * config.patch_size[1]
-        scale, shift = (1 / (255 * std)).repeat(area), (-mean / std).repeat(area)
+        one = torch.ones(1, dtype=torch.float32, device=patches.device)  # filled there: a copy from the host waits
+        scale = torch.cat([one * (1 / (255 * std[c])) for c in channels]).repeat(area)
+        shift = torch.cat([one * (-mean[c] / std[c]) for c in channels]).repeat(area)
         return torch.addcmul(shift, patches.float(), scale)
