@@ -54,7 +54,9 @@ class PatchEmbed(nn.Module):
         channels = range(config.in_chans)
         mean, std = ([v[c % len(v)] for c in channels] for v in (config.mean, config.std))
         area = config.patch_size[0] * config.patch_size[1]
-        one = torch.ones(1, dtype=torch.float32, device=patches.device)  # filled there: a copy from the host waits
+        one = torch.ones(
+            1, dtype=torch.float32, device=patches.device
+        )  # filled there: a copy from the host waits
         scale = torch.cat([one * (1 / (255 * std[c])) for c in channels]).repeat(area)
         shift = torch.cat([one * (-mean[c] / std[c]) for c in channels]).repeat(area)
         return torch.addcmul(shift, patches.float(), scale)
