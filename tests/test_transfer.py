@@ -221,7 +221,7 @@ def test_every_kind_moves_to_another_grid_table_by_table(
         elif leaf == "rel_pos":
             expected[name] = resize_relative(value, before, after, "bicubic")
     assert_bitwise(result.weights, expected)
-    told = {row.name: row for row in result.as_table()[:-1]}
+    told = {row.name: row for row in result.report if row.action != "kept"}
     if kind["pos_embed"] in ("sincos_2d_mae", "sincos_2d_big_vision", "rope_2d"):
         assert told == {"positions": Row("positions", "recomputed", f"{moved} {kind['pos_embed']}")}
     else:
@@ -230,6 +230,17 @@ def test_every_kind_moves_to_another_grid_table_by_table(
         assert list(told) == tables
         assert {row[1:] for row in told.values()} <= {("resized", f"{moved} bicubic")}
     assert logits(new, result.weights).shape == (3, 5)
+
+
+def test_blocks_that_fare_alike_share_a_row_of_the_table() -> None:
+    old, new = model(depth=4, layer_scale=0.1), model(depth=4, pos_embed_at="every_layer", img_size=(20, 16))
+    _, result = hand_off(old, new)
+    table = {row.name: row for row in result.as_table()}
+    assert table["blocks.0.pos_embed"].detail == "2x3 -> 5x4 bicubic_antialias, was pos_embed"
+    assert table["blocks.*.pos_embed (3)"].action == "zeroed"
+    folded = Row("blocks.*.mlp.fc2.bias (4)", "folded", "times blocks.*.ls2.gamma of the source")
+    assert table[folded.name] == folded
+    assert len(result.as_table()) == 9
 
 
 def test_stretched_rotary_coordinates_are_reported() -> None:
