@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from launch import plain
 from pretrain.config.load import MAX_BYTES, read_settings
-from pretrain.config.schema import Positive, Section
+from pretrain.config.section import Positive, Section
 from pretrain.errors import ConfigError
 from pretrain.tracking.redact import redact_setting
 
