@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing.connection import Connection, wait
@@ -128,9 +129,23 @@ def _start(task: Callable[[Job, Advance], Value]) -> _Worker:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(task, there), daemon=True)
-    process.start()
+    with held_back(signal.SIGINT):
+        process.start()
     there.close()  # so that its death reads as the end of the pipe
     return _Worker(process, here)
+
+
+@contextmanager
+def held_back(*signals: signal.Signals) -> Iterator[None]:
+    """Signals wait while the block runs, and for ever in the processes that it starts: they are deaf from birth.
+
+    A child that ignores them by itself does so only after its imports; here a signal in between would end it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _talk(worker: _Worker, jobs: Sequence[Job], say: Callable[..., Any], *words: object) -> Any:

@@ -28,12 +28,16 @@ import torch
 
 from pretrain.data.fill import Filler
 from pretrain.data.order import Rows
+from pretrain.data.pool import held_back
 from pretrain.data.quarantine import BadSample
 from pretrain.draws import IntArray
 from pretrain.errors import DataError, UserError
 
 ROWS_A_JOB = 16
 """Rows that a thread fills at a time: enough to drown the cost of handing over, few enough to share a small batch."""
+
+_LEFT_TO_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""They reach the whole group or job step; the parent decides."""
 
 Images = npt.NDArray[np.uint8]
 R = TypeVar("R")
@@ -132,7 +136,8 @@ class Child:
             name="decode",
             daemon=True,
         )
-        self._process.start()
+        with held_back(*_LEFT_TO_THE_PARENT):
+            self._process.start()
         child_requests.close()  # so that its death reads as the end of the pipes
         child_replies.close()
         self._listener = threading.Thread(target=self._listen, name="decode-replies", daemon=True)
@@ -237,8 +242,8 @@ def _serve(
     replies: Connection,
 ) -> None:
     """The life of the child."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # they reach the whole group or job step; the parent decides
+    for number in _LEFT_TO_THE_PARENT:
+        signal.signal(number, signal.SIG_IGN)  # for what is started from here
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     lock = threading.Lock()

@@ -25,7 +25,9 @@ from pretrain.config import Config, dump
 
 ROOT = Path(__file__).parents[2]
 HELD = Path(__file__).with_name("held.py")
-SAVED = {"checkpoint": {"every_steps": 2, "keep": 50}}
+SAVED = {
+    "checkpoint": {"every_steps": 2, "keep": 50, "background": False}
+}  # ranks are held at a step that is saved
 LONGEST_SECONDS = 600
 SECRET = secrets.token_hex()
 
