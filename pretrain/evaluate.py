@@ -46,7 +46,9 @@ def evaluate(run: Path, which: str, shards: str | None, batch: int, as_json: boo
     from pretrain.checkpoint.load import open_weights_together
     from pretrain.data import open_dataset
     from pretrain.distributed import device_of, joined
+    from pretrain.hardware import raise_descriptor_limit
 
+    raise_descriptor_limit()
     with joined(place, device_of(place), TIMEOUT_SECONDS) as ranks:
         source = open_weights_together(run, which, ranks)
         opened = None

@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -48,6 +49,20 @@ def cores_given() -> int:
     """Processor cores for this rank: what the job was given on this machine, shared out among its ranks there."""
     limit = CGROUP_LIMIT.read_text() if CGROUP_LIMIT.exists() else ""
     return share_of_cores(len(os.sched_getaffinity(0)), os.environ, limit)
+
+
+def ranks_here() -> int:
+    """Ranks of this job on this machine, as far as the launcher says so; else 1."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    per_node = re.match(r"[0-9]+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return max(1, int(local) if local.isdecimal() else int(per_node[0]) if per_node else 1)
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process open as many files as it may: shards, cached blocks and sockets are many, the usual 1,024 few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def share_of_cores(usable: int, env: Mapping[str, str], cgroup_limit: str = "") -> int:

@@ -85,8 +85,10 @@ def _join_and_train(
     # torch, DeepSpeed and their friends take seconds to import: not before the config is known to be right, and with
     # signals in hand, which may come at any moment of it
     from pretrain.distributed import device_of, joined
+    from pretrain.hardware import raise_descriptor_limit
     from pretrain.stage import run_stage
 
+    raise_descriptor_limit()
     with (
         logs.quiet_stdout(log_file),
         joined(place, device_of(place), config.engine.timeout_seconds) as ranks,

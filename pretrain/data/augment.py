@@ -17,6 +17,8 @@ from pretrain.draws import FloatArray, IntArray, Stream, split64, uniform
 _TRIES = 10
 NUM_DRAWS = 4 * _TRIES + 1
 """Area, shape, top and left for each try of a `random_resized` crop, room enough for the simpler ones; then the flip."""
+LONGEST = 64
+"""Length of a picture in widths, or the other way round, beyond which only its middle is looked at; see `middle`."""
 REPEAT_SHIFT = 24
 """The upper word of a sample's number has room for the repeat: 2^56 samples are enough."""
 
@@ -58,7 +60,9 @@ class TrainView:
                 tries = draws[:INCEPTION_DRAWS].reshape(-1, 4).tolist()
                 pixels = crop(pixels, inception_box(height, width, config.scale, config.ratio, tries))
             case "resize_crop":
-                covering = np.empty((*covering_size((height, width), out.shape[:2], 1.0), channels), np.uint8)
+                pixels = middle(pixels)
+                size = covering_size(pixels.shape[:2], out.shape[:2], 1.0)
+                covering = np.empty((*size, channels), np.uint8)
                 resize(pixels, covering, self._interpolation)
                 pixels = simple_crop(covering, out.shape[:2], draws[:SIMPLE_DRAWS])
         resize(pixels, out, self._interpolation)
@@ -76,6 +80,7 @@ class EvalView:
 
     def render(self, pixels: Pixels, draws: FloatArray, out: Pixels) -> None:
         """Write the view of `pixels` [h, w, C] into `out` [H, W, C]."""
+        pixels = middle(pixels)
         height, width, channels = out.shape
         covering = covering_size(pixels.shape[:2], (height, width), self._val_crop)
         resized = np.empty((*covering, channels), np.uint8)
@@ -106,6 +111,16 @@ def random_resized_box(
     elif width / height > ratio[1]:
         box_width = max(1, round(height * ratio[1]))
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+
+
+def middle(pixels: Pixels) -> Pixels:
+    """All of a picture; of one that is more than `LONGEST` times as long as wide, the middle of that shape.
+
+    To cover a square with a thread of pixels takes thousands of squares, of which a crop shows a pixel or two.
+    """
+    height, width, _ = pixels.shape
+    rows, columns = min(height, LONGEST * width), min(width, LONGEST * height)
+    return crop(pixels, Box((height - rows) // 2, (width - columns) // 2, rows, columns))
 
 
 def covering_size(image: tuple[int, ...], size: tuple[int, ...], keep: float) -> tuple[int, int]:

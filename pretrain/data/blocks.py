@@ -6,7 +6,7 @@ announced is fetched by the caller, so nobody waits behind what is only wanted l
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -62,6 +62,11 @@ class Blocks(Generic[K, B]):
         if mine:
             self._fill(key, entry)
         return entry.block.result()
+
+    def missing(self, keys: Iterable[K]) -> int:
+        """Sizes of those blocks that are neither held nor under way."""
+        with self._lock:
+            return sum(self._size(key) for key in keys if key not in self._entries)
 
     def drop(self, key: K) -> None:
         """Forget a block: the next who asks for it fetches it anew."""

@@ -31,7 +31,10 @@ def indexed(folder: Path) -> Path:
     tars = [] if (folder / NAME).exists() else sorted(folder.glob("*.tar"))
     if not tars:
         return folder
-    num_bytes = sum(tar.stat().st_size for tar in tars)
+    try:
+        num_bytes = sum(tar.stat().st_size for tar in tars)
+    except OSError as error:  # a link to nowhere
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
     if num_bytes > MAX_BYTES:
         raise DataError(
             f"{folder}: there is no {NAME} beside {len(tars):,} tars of {num_bytes / 2**30:,.1f} GiB; up to "

@@ -13,7 +13,7 @@ from pretrain.data.dataset import Dataset
 from pretrain.data.decode import decode
 from pretrain.data.order import Rows
 from pretrain.data.quarantine import BadSample, replaced
-from pretrain.data.reader import EVALUATION_BLOCKS, announced, blocks_in_use, open_reader
+from pretrain.data.reader import announced, blocks_in_use, evaluation_blocks, open_reader
 from pretrain.data.resize import Pixels
 from pretrain.data.tar import Sample
 from pretrain.draws import IntArray
@@ -47,8 +47,8 @@ class Filler:
         self._dataset, self._view = dataset, make_view()
         self._max_pixels, self._model = data.max_pixels, model
         self._replace_bad = replace_bad
-        in_use = blocks_in_use(plan, data) if isinstance(self._view, TrainView) else EVALUATION_BLOCKS
-        self._reader = open_reader(dataset, data, plan.block_samples, in_use)
+        in_use = blocks_in_use if isinstance(self._view, TrainView) else evaluation_blocks
+        self._reader = open_reader(dataset, data, plan.block_samples, in_use(plan, data))
 
     def fill(self, rows: Rows, images: npt.NDArray[np.uint8], labels: IntArray) -> list[BadSample]:
         """Write images uint8 [n, H, W, C] and labels int64 [n] of n rows. Returns what was replaced.

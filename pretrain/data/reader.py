@@ -11,8 +11,6 @@ from pretrain.data.remote import RemoteReader, held_bytes
 from pretrain.data.urls import is_remote
 from pretrain.draws import IntArray
 
-EVALUATION_BLOCKS = 4
-"""Evaluation reads in the order of the data set: the block it is in, and those that threads are ahead or behind."""
 _MOST_REQUESTS_AHEAD = 1000
 
 R = TypeVar("R")
@@ -30,16 +28,20 @@ def open_reader(
 def blocks_in_use(plan: Plan, data: DataConfig) -> int:
     """Most blocks that training takes samples of at a time on one rank.
 
-    Of each lane that it serves, in each source: a window, and what the steps under way reach beyond its end.
+    Of each lane that it serves, in each source: a window, and of the next, which is shuffled, what the steps under way
+    may reach.
     """
-    rows = plan.global_batch // plan.lanes
+    rows = plan.distinct_samples // plan.lanes  # copies of samples are listed after all of them
     slices = map(plan.slice_of, range(plan.world_size))
     lanes = max((stop - 1) // rows - start // rows + 1 for start, stop in slices)
-    return (
-        len(plan.sources)
-        * lanes
-        * (plan.window_blocks - (-(data.prefetch_steps + 1) * rows // plan.block_samples))
-    )
+    reach = min(plan.window_blocks, (data.prefetch_steps + 1) * rows)
+    return len(plan.sources) * min(lanes, plan.lanes) * (plan.window_blocks + reach)
+
+
+def evaluation_blocks(plan: Plan, data: DataConfig) -> int:
+    """The same for evaluation, which reads in the order of the data set: what is under way, and its ends."""
+    batches = data.prefetch_steps * plan.accumulation + 1
+    return -(-batches * plan.micro_batch // plan.block_samples) + 2
 
 
 def reading(dataset: Dataset, data: DataConfig, plan: Plan) -> str:
@@ -69,13 +71,19 @@ def announced(
         yield from requests
         return
     coming: deque[R] = deque()
-    while True:
-        while (reader.has_room or not coming) and len(coming) < _MOST_REQUESTS_AHEAD:
-            request = next(requests, None)
-            if request is None:
-                break
-            reader.announce(*places(request))
+    held = _with_places(next(requests, None), places)
+    while held is not None or coming:
+        while held is not None and len(coming) < _MOST_REQUESTS_AHEAD:
+            request, where = held
+            if coming and not reader.has_room(*where):
+                break  # a step may need a window of every lane at once: what is in use would have to go
+            reader.announce(*where)
             coming.append(request)
-        if not coming:
-            return
+            held = _with_places(next(requests, None), places)
         yield coming.popleft()
+
+
+def _with_places(
+    request: R | None, places: Callable[[R], tuple[IntArray, IntArray]]
+) -> tuple[R, tuple[IntArray, IntArray]] | None:
+    return None if request is None else (request, places(request))

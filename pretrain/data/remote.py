@@ -31,6 +31,7 @@ from pretrain.data.tar import Sample, parse_sample
 from pretrain.data.urls import folder_of, is_remote
 from pretrain.draws import IntArray
 from pretrain.errors import DataError
+from pretrain.hardware import ranks_here
 from pretrain.logs import log
 
 FETCHES = 8
@@ -104,15 +105,18 @@ class RemoteReader:
 
     def announce(self, shards: IntArray, samples: IntArray) -> None:
         """Begin to fetch the blocks of samples that will be read, in the order in which they will be."""
+        for key in self._keys(shards, samples):
+            self._blocks.announce(key)
+
+    def has_room(self, shards: IntArray, samples: IntArray) -> bool:
+        """Whether the blocks of these samples can be read ahead without letting go of any that is in use."""
+        return self._blocks.ahead + self._blocks.missing(self._keys(shards, samples)) <= self._room
+
+    def _keys(self, shards: IntArray, samples: IntArray) -> list[Key]:
+        """The blocks of samples in stores, each once, in the order of their first sample."""
         remote = self._remote[shards]
         keys = np.stack((shards[remote], samples[remote] // self._block_samples), axis=1)
-        for shard, number in dict.fromkeys(map(tuple, keys.tolist())):
-            self._blocks.announce(Key(shard, number))
-
-    @property
-    def has_room(self) -> bool:
-        """Whether more samples may be announced."""
-        return self._blocks.ahead < self._room
+        return [Key(*key) for key in dict.fromkeys(map(tuple, keys.tolist()))]
 
     def close(self) -> None:
         self._stores.close()
@@ -186,12 +190,21 @@ class _Shard:
         self._lock = threading.Lock()
         self._index: ShardIndex | None = None
         self._version: Version | None = None
+        self._failures: list[DataError] = []
 
     def load(self) -> None:
-        """Fetch the index, if no thread has done so."""
+        """Fetch the index, if no thread has done so. Who waited for one that failed fails with it: the time is over."""
+        before = len(self._failures)
         with self._lock:
-            if self._index is None:
+            if self._index is not None:
+                return
+            if len(self._failures) > before:
+                raise self._failures[-1]
+            try:
                 self._index = self._load_index()
+            except DataError as error:
+                self._failures.append(error)
+                raise
 
     def span(self, first: int, count: int) -> tuple[int, int]:
         """Where samples [first, first + count) begin and end in the tar; fewer at its end."""
@@ -268,11 +281,12 @@ def held_bytes(dataset: Dataset, data: DataConfig, block_samples: int, blocks_in
     name, bound = "data.block_memory_mib", data.block_memory_mib * _MIB
     if data.cache_gib is not None:
         name, bound = "data.cache_gib", data.cache_gib * _GIB
+        bound /= ranks_here()  # they share it, and each keeps what it is reading
     ahead = min(in_use, bound - in_use) if data.read_ahead_mib is None else data.read_ahead_mib * _MIB
     if in_use + max(ahead, 0) > bound:
         raise DataError(
             f"{dataset.source}: the sample order takes samples of {in_use / _MIB:,.0f} MiB of blocks at a time on each rank, "
-            f"and {max(ahead, 0) / _MIB:,.0f} MiB are to be read ahead; {name} allows {bound / _MIB:,.0f} MiB\n"
+            f"and {max(ahead, 0) / _MIB:,.0f} MiB are to be read ahead; {name} allows each {bound / _MIB:,.0f} MiB\n"
             "  Raise it, give data.cache_dir, use more ranks, or set smaller data.lanes, data.window_blocks or data.block_mib."
         )
     return HeldBytes(block, in_use, int(ahead))

@@ -199,7 +199,13 @@ class Stores:
         address = f"{scheme}://{place}"
         with self._lock:
             if address not in self._clients:
-                self._clients[address] = _connect(scheme, place, self._timeout)
+                try:
+                    self._clients[address] = _connect(scheme, place, self._timeout)
+                except Exception as error:  # credentials that are not there, or not readable
+                    raise DataError(
+                        f"{address}: no connection can be set up ({_reason(error)})\n"
+                        "  Check the credentials in the environment; docs/stores.md names them."
+                    ) from None
             return self._clients[address], key
 
 

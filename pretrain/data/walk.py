@@ -45,7 +45,12 @@ def scan(path: Path) -> ShardIndex:
         table = np.empty(len(ranges), ROW)
         labels, bad = [], []
         for i, sample in enumerate(ranges):
-            data = os.pread(file.fileno(), sample.stop - sample.start, sample.start)
+            size = sample.stop - sample.start
+            if size > MAX_SAMPLE_BYTES:
+                raise DataError(
+                    f"{path}, sample {i} ({sample.key}): {size:,} bytes; at most {MAX_SAMPLE_BYTES:,} are allowed"
+                )
+            data = os.pread(file.fileno(), size, sample.start)
             table[i] = sample.start // BLOCK, len(data), zlib.crc32(data)
             try:
                 labels.append(_check_sample(data, sample, f"{path}, sample {i}"))
@@ -123,10 +128,6 @@ def _check_end(file: BinaryIO, end: int, path: Path) -> None:
 
 def _check_sample(data: bytes, sample: _Range, where: str) -> int:
     """Read a sample the way training will, compare it with what `tarfile` saw, and return its label."""
-    if len(data) > MAX_SAMPLE_BYTES:
-        raise DataError(
-            f"{where} ({sample.key}): {len(data):,} bytes; at most {MAX_SAMPLE_BYTES:,} are allowed"
-        )
     found = [(split_name(name), len(content)) for name, content in members(data, where)]
     if {parts: size for parts, size in found if parts} != {
         (sample.key, suffix): size for suffix, size in sample.sizes.items()

@@ -8,7 +8,7 @@ from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedC
 from torchvision.transforms.functional import pad
 
 from pretrain.config import AugmentConfig, ModelConfig
-from pretrain.data.augment import NUM_DRAWS, EvalView, TrainView, random_resized_box
+from pretrain.data.augment import NUM_DRAWS, EvalView, TrainView, middle, random_resized_box
 from pretrain.data.crops import INCEPTION_DRAWS, inception_box
 from pretrain.data.policies import Policy
 from pretrain.data.resize import resize
@@ -213,3 +213,19 @@ def test_an_oblong_evaluation_view_keeps_the_shape_of_things(size):
             inner = np.take(view, range(6, view.shape[axis] - 6), axis)
             slopes.append((inner.max() - inner.min()) / (inner.shape[axis] - 1))
         assert slopes[0] == pytest.approx(slopes[1], rel=0.25, abs=0.15)
+
+
+@pytest.mark.parametrize("shape", [(1, 500_000, 3), (500_000, 1, 1)])
+def test_a_thread_of_pixels_is_no_bomb(shape: tuple[int, int, int]) -> None:
+    """To cover 224 pixels with all of it would take 75 GB."""
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    out = np.zeros((224, 224, shape[2]), np.uint8)
+    EvalView(1.0, "bilinear").render(pixels, np.empty(0), out)
+    centre = pixels.reshape(-1, shape[2])[shape[0] * shape[1] // 2 - 2 : shape[0] * shape[1] // 2 + 2]
+    assert centre.min() <= out.min() <= out.max() <= centre.max()
+
+
+def test_pictures_up_to_64_times_as_long_as_wide_are_looked_at_whole() -> None:
+    pixels = np.zeros((3, 192, 3), np.uint8)
+    assert middle(pixels).shape == (3, 192, 3)
+    assert middle(np.zeros((3, 193, 3), np.uint8)).shape == (3, 192, 3)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import store_server as faults
+import tiny
 import torch
 from made import setting
 from store_server import StoreServer, serving
@@ -147,6 +148,61 @@ def test_a_rank_asks_for_each_block_of_an_epoch_once_and_twice_where_a_lane_ends
     assert blocks - 1 <= sum(tars(server).values()) <= blocks + lanes - 1  # the last step may be cut off
 
 
+class Counted:
+    """A reader of blocks that are nothing but counted, held to what the plan states."""
+
+    def __init__(self, limit: int, room: int, block_samples: int) -> None:
+        self.fetched: list[tuple[int, int]] = []
+        self.room, self.block_samples = room, block_samples
+        self.blocks = Blocks(self.fetch, lambda key: 1, limit, threads=1)
+
+    def fetch(self, key: tuple[int, int]) -> None:
+        self.fetched.append(key)
+
+    def keys(self, shards: np.ndarray, samples: np.ndarray) -> list[tuple[int, int]]:
+        return list(
+            dict.fromkeys(zip(shards.tolist(), (samples // self.block_samples).tolist(), strict=True))
+        )
+
+    def announce(self, *places: np.ndarray) -> None:
+        for key in self.keys(*places):
+            self.blocks.announce(key)
+
+    def has_room(self, *places: np.ndarray) -> bool:
+        return self.blocks.ahead + self.blocks.missing(self.keys(*places)) <= self.room
+
+
+@pytest.mark.parametrize(
+    ("batch", "lanes", "world_size", "repeats"),
+    [(96, 16, 4, 1), (256, 64, 8, 1), (1024, 256, 32, 1), (96, 16, 4, 3), (64, 8, 3, 2)],
+)
+def test_reading_ahead_lets_go_of_no_block_that_is_in_use(batch, lanes, world_size, repeats):
+    """All lanes pass to their next window at about the same step: one step may need a window of each."""
+    cfg = tiny.config(
+        train={"global_batch": batch},
+        data={
+            "train": {"shards": "unused"},
+            "lanes": lanes,
+            "block_mib": 0.02,
+            "augment": {"repeats": repeats},
+        },
+    )
+    plan = tiny.plan(cfg, world_size, samples=lanes * 1000)
+    order = Order(
+        np.full(20, lanes * 50), seed=1, global_batch=batch, lanes=lanes, repeats=repeats,
+        block_samples=plan.block_samples, window_blocks=plan.window_blocks,
+    )  # fmt: skip
+    in_use = blocks_in_use(plan, cfg.data)
+    reader = Counted(2 * in_use, in_use, plan.block_samples)
+    rows = (order.rows(step, *plan.slice_of(1)) for step in range(lanes * 1000 * repeats // batch))
+    for step in announced(rows, lambda rows: (rows.shard, rows.sample), reader):  # type: ignore[arg-type]
+        for key in reader.keys(step.shard, step.sample):
+            reader.blocks.get(key)
+    reader.blocks.close()
+    edges = lanes + 1  # a block that the end of a lane cuts is read for both
+    assert len(reader.fetched) <= len(set(reader.fetched)) + edges
+
+
 def test_blocks_of_coming_steps_are_fetched_before_they_are_due(server, remote):
     reader = RemoteReader(remote, data_config(), BLOCK, blocks_in_use=4)
     requests = iter([remote.locate(np.arange(start, start + 3)) for start in range(0, 60, 3)])
@@ -156,7 +212,7 @@ def test_blocks_of_coming_steps_are_fetched_before_they_are_due(server, remote):
         while sum(tars(server).values()) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert sum(tars(server).values()) >= 3  # though nothing was read yet
-        assert not reader.has_room
+        assert not reader.has_room(*remote.locate(np.arange(60)))
         assert sum(tars(server).values()) < 60 // BLOCK  # bounded in bytes
         reader.read(*first)
     finally:

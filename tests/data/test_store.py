@@ -220,6 +220,13 @@ def test_ranges_and_versions_of_an_s3_store(s3, stores, content):
         stores.read("s3://bucket/set 1/a.tar", 5, 10, first.version)
 
 
+def test_credentials_that_are_not_there_are_an_error_of_one_screen(stores, monkeypatch, tmp_path):
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "nowhere.json"))
+    with pytest.raises(DataError, match=r"gs://bucket: no connection can be set up") as caught:
+        stores.read("gs://bucket/object", 0, 1)
+    assert len(str(caught.value).splitlines()) <= 4
+
+
 def test_what_an_s3_store_refuses_is_named_without_its_words(s3, stores):
     with pytest.raises(DataError, match=r"s3://bucket/b\.tar: there is no such object"):
         stores.read("s3://bucket/b.tar", 0, 10)
