@@ -73,7 +73,7 @@ def _score(source: "WeightsFile", dataset: "Dataset", batch: int, ranks: "Ranks"
     from tqdm import tqdm
 
     from pretrain.batch import Batch
-    from pretrain.config import OptimConfig, TrainConfig, resolve
+    from pretrain.config import ObjectiveConfig, OptimConfig, TrainConfig, for_evaluation, resolve
     from pretrain.data import facts
     from pretrain.data.loader import EvalLoader
     from pretrain.hardware import detect
@@ -90,8 +90,10 @@ def _score(source: "WeightsFile", dataset: "Dataset", batch: int, ranks: "Ranks"
     config = source.config
     # A plan for nothing but the batches: the run's own length and warm-up mean nothing on a validation set.
     batches = TrainConfig(global_batch=batch * ranks.size, micro_batch=batch, total_steps=1)
-    data = config.data.model_copy(update={"lanes": None})
-    alike = config.model_copy(update={"train": batches, "data": data, "optim": OptimConfig(lr=1.0)})
+    data = for_evaluation(config.data)
+    alike = config.model_copy(
+        update={"train": batches, "data": data, "optim": OptimConfig(lr=1.0), "objective": ObjectiveConfig()}
+    )
     plan = resolve(alike, ranks.size, facts(dataset, None), detect())
     with EvalLoader(dataset, data, source.model, plan, rank=ranks.rank) as loader:
         shown = tqdm(loader, desc="evaluating", unit="batch", disable=None if ranks.is_main else True)

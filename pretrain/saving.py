@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pretrain.checkpoint import checkpoints
 from pretrain.checkpoint.interval import SaveClock
-from pretrain.checkpoint.layout import folder_of, step_of
+from pretrain.checkpoint.layout import LATEST, folder_of, point, step_of
 from pretrain.checkpoint.save import Content, Saver, mark_best, prune
 from pretrain.config import CheckpointConfig
 from pretrain.distributed import Ranks
@@ -43,6 +43,7 @@ class Saves:
         """
         before = self.finish()
         self._best, self._began = best, time.perf_counter()
+        self._clock.restart()
         self._saver.begin(content)
         self._stalled = time.perf_counter() - self._began
         return before if self._config.background else self.finish()
@@ -64,11 +65,14 @@ class Saves:
                 self._after_commit()
         now = time.perf_counter()
         self._stalled += now - called
-        self._clock.saved(self._stalled)
+        self._clock.learn(self._stalled)
         return {"perf/save_stall_seconds": self._stalled, "perf/save_seconds": now - self._began}
 
-    def point_at_best(self, step: int) -> None:
-        """Rank 0, at the start: a kill between a save and its mark left `best` at the one before."""
-        folder = folder_of(self._run_dir, step)
+    def mend_pointers(self, resumed_step: int, best_step: int) -> None:
+        """Rank 0, at the start: a kill between a save and its marks left `latest` or `best` at the one before."""
+        resumed = folder_of(self._run_dir, resumed_step)
+        if resumed in checkpoints(self._run_dir):
+            point(self._run_dir, LATEST, resumed)
+        folder = folder_of(self._run_dir, best_step)
         if self._config.keep_best and folder in checkpoints(self._run_dir):
             mark_best(self._run_dir, folder)

@@ -111,7 +111,7 @@ class Trainer:
         """
         self.quarantine.check(self.bad_samples, self._distinct_seen())
         if self.ranks.is_main:
-            self._saves.point_at_best(int(self.best.get("step", -1)))
+            self._saves.mend_pointers(self.step, int(self.best.get("step", -1)))
         if self.step == 0 and self.config.init is not None and self.validation is not None:
             self._evaluate()  # the hand-off's own score, before anything is learnt
         saved_at = self.step

@@ -36,8 +36,11 @@ class SaveClock:
     def is_due(self) -> bool:
         return time.monotonic() - self._since >= self._seconds
 
-    def saved(self, stall_seconds: float) -> None:
-        """A save, due or not, was published; training stood still for it for `stall_seconds`."""
+    def restart(self) -> None:
+        """A save, due or not, begins."""
         self._since = time.monotonic()
+
+    def learn(self, stall_seconds: float) -> None:
+        """A save was published; training stood still for it for `stall_seconds`."""
         if self._minutes == "auto":
             self._seconds = best_interval(stall_seconds, self._failures_per_day)

@@ -128,6 +128,8 @@ class _Writing:
                 self.receipt = _write_rank_file(self.aside, self._slices, rank)
         except OSError as error:
             self.problem = str(error)
+        except Exception as error:  # out of memory, say: all ranks have to hear of it
+            self.problem = f"{type(error).__name__}: {error}"
         finally:
             self._slices = []  # the memory is free before the commit
 
@@ -176,7 +178,7 @@ def _remove(folder: Path) -> None:
     doomed = folder.with_name(folder.name + ".old")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # what somebody holds open goes with a later `prune`
 
 
 _Receipt = tuple[str, int, str, list[tuple[str, int, int]]]

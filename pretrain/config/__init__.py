@@ -22,6 +22,7 @@ from pretrain.config.schema import (
     TrackingConfig,
     TrainConfig,
     TrainSourceConfig,
+    for_evaluation,
 )
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "TrainConfig",
     "TrainSourceConfig",
     "dump",
+    "for_evaluation",
     "load",
     "resolve",
 ]

@@ -262,6 +262,12 @@ class DataConfig(Section):
         return self
 
 
+def for_evaluation(data: DataConfig) -> DataConfig:
+    """How a run reads images, without what decides about its own training samples: sources, lanes, augmentation."""
+    one_source = TrainSourceConfig(shards="")
+    return data.model_copy(update={"train": one_source, "lanes": None, "augment": AugmentConfig()})
+
+
 class ObjectiveConfig(Section):
     name: Literal["softmax", "sigmoid"] = Field(
         "softmax", description="cross-entropy, or one binary loss a class"

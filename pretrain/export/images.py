@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from pretrain.config import Config, OptimConfig, TrainConfig, resolve
+from pretrain.config import Config, ObjectiveConfig, OptimConfig, TrainConfig, for_evaluation, resolve
 from pretrain.config.plan import Hardware
 from pretrain.data import facts, open_dataset
 from pretrain.data.loader import EvalLoader
@@ -21,7 +21,8 @@ def validation_images(config: Config, count: int = 16) -> Tensor | None:
         return None
     reading = config.model_copy(
         update={
-            "data": config.data.model_copy(update={"decode_threads": 0, "lanes": None}),
+            "data": for_evaluation(config.data).model_copy(update={"decode_threads": 0}),
+            "objective": ObjectiveConfig(),
             "optim": OptimConfig(lr=1.0),
             "train": TrainConfig(global_batch=count, total_steps=1),
         }

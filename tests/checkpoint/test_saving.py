@@ -55,7 +55,7 @@ def test_the_clock_asks_every_so_many_minutes_after_the_last_save(monkeypatch: p
     ours, now = clock(monkeypatch, every_minutes=2.0)
     now[0] += 119
     assert not ours.is_due()
-    ours.saved(5.0)  # by the step, say: the minutes count from here
+    ours.restart()  # by the step, say: the minutes count from here
     now[0] += 119
     assert not ours.is_due()
     now[0] += 1
@@ -66,7 +66,8 @@ def test_auto_follows_the_measured_cost_of_a_save(monkeypatch: pytest.MonkeyPatc
     ours, now = clock(monkeypatch, every_minutes="auto", failures_per_day=1.0)
     now[0] += FIRST_SECONDS
     assert ours.is_due()
-    ours.saved(2.0)
+    ours.restart()
+    ours.learn(2.0)
     now[0] += best_interval(2.0, 1.0) - 1
     assert not ours.is_due()
     now[0] += 1

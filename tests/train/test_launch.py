@@ -13,6 +13,8 @@ from test_bad_input import write
 from test_resume import TOTAL, config
 
 from pretrain.checkpoint import checkpoints
+from pretrain.config import load
+from pretrain.export.images import validation_images
 from pretrain.train import UNDER_BATCH_SCRIPT
 
 TORCHRUN = (
@@ -94,15 +96,31 @@ def test_a_signal_during_the_imports_is_not_lost_and_our_batch_script_hears_0(
 
 
 def test_evaluate_needs_nothing_of_the_training_s_length(digits: Path, tmp_path: Path) -> None:
-    length = {"total_steps": None, "total_epochs": 1.0, "micro_batch": None}
-    cfg = config(tmp_path / "run", digits, train=length, optim={"warmup_steps": 20})
+    """Nor of how it drew its samples: a mixture, copies of samples, mixed pairs."""
+    length = {"total_steps": None, "total_epochs": 1.0, "micro_batch": None, "global_batch": 24}
+    mix = [
+        {"name": split, "shards": str(digits / split), "weight": weight}
+        for split, weight in (("train", 3.0), ("val", 1.0))
+    ]
+    data = {"train": {"mix": tuple(mix)}, "augment": {"repeats": 3}}
+    cfg = config(
+        tmp_path / "run",
+        digits,
+        train=length,
+        optim={"warmup_steps": 20},
+        data=data,
+        objective={"mixup_alpha": 0.2},
+    )
     assert subprocess.run([*TRAIN, write(cfg, tmp_path)], capture_output=True).returncode == 0
-    command = [sys.executable, "-m", "pretrain", "evaluate", str(tmp_path / "run"), "--json"]
+    command = [sys.executable, "-m", "pretrain", "evaluate", str(tmp_path / "run"), "--json", "--batch", "25"]
     shown = subprocess.run(command, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     trained = status(tmp_path / "run")["scores"]
     assert isinstance(trained, dict)
     assert json.loads(shown.stdout)["val/loss"] == pytest.approx(trained["val/loss"], abs=1e-5)
+    images = validation_images(load(tmp_path / "run" / "config.yaml"))
+    assert images is not None
+    assert len(images) == 16
 
 
 def test_the_demo_in_its_smoke_mode(tmp_path: Path) -> None:

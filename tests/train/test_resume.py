@@ -225,3 +225,15 @@ def test_a_finished_run_started_again_changes_nothing(digits: Path, tmp_path: Pa
     before = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert on_ranks(1, train, cfg) == [("finished", TOTAL)]
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == before
+
+
+def test_a_kill_between_the_last_save_and_its_pointer_is_mended_by_the_same_command(
+    digits: Path, tmp_path: Path
+) -> None:
+    cfg = config(tmp_path / "run", digits, checkpoint={"every_steps": 5})
+    on_ranks(1, train, cfg)
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    latest.write_text("step_00000010\n")
+    assert open_weights(tmp_path / "run").step == 10
+    assert on_ranks(1, train, cfg) == [("finished", TOTAL)]
+    assert open_weights(tmp_path / "run").step == TOTAL
