@@ -1,28 +1,27 @@
 """Settings: the schema, reading it from YAML, and the plan that is resolved from it."""
 
+from pretrain.config.augment import (
+    AugmentConfig,
+    BigVisionRandAugmentConfig,
+    ColorJitterConfig,
+    RandomErasingConfig,
+    TimmRandAugmentConfig,
+)
+from pretrain.config.data import DataConfig, SourceConfig, TrainSourceConfig, for_evaluation
 from pretrain.config.load import dump, load
 from pretrain.config.model import ModelConfig, PosEmbed
 from pretrain.config.plan import Plan, resolve
 from pretrain.config.schema import (
-    AugmentConfig,
-    BigVisionRandAugmentConfig,
     CheckpointConfig,
-    ColorJitterConfig,
     Config,
-    DataConfig,
     EngineConfig,
     InitConfig,
     ObjectiveConfig,
     OptimConfig,
-    RandomErasingConfig,
     ResizeKernel,
     RunConfig,
-    SourceConfig,
-    TimmRandAugmentConfig,
     TrackingConfig,
     TrainConfig,
-    TrainSourceConfig,
-    for_evaluation,
 )
 
 __all__ = [

@@ -8,7 +8,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from pretrain.config.schema import Config, TrainSourceConfig
+from pretrain.config.data import TrainSourceConfig
+from pretrain.config.schema import Config
 from pretrain.errors import ConfigError
 
 MAX_LANES = 256

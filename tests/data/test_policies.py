@@ -17,7 +17,7 @@ from timm.data.random_erasing import RandomErasing as TimmErasing
 from torchvision import transforms
 
 from pretrain.config import AugmentConfig, ModelConfig, RandomErasingConfig
-from pretrain.config.schema import BigVisionRandAugmentConfig, ColorJitterConfig, TimmRandAugmentConfig
+from pretrain.config.augment import BigVisionRandAugmentConfig, ColorJitterConfig, TimmRandAugmentConfig
 from pretrain.data import ops_pillow, ops_tensorflow
 from pretrain.data.erasing import RandomErasing
 from pretrain.data.policies import (
