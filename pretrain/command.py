@@ -9,11 +9,15 @@ a bug of ours             1, with its traceback
 
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import click
 
+from pretrain import logs
 from pretrain.errors import UserError
+from pretrain.world import World
 
 DEBUG = "--debug"
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
@@ -37,3 +41,16 @@ def run(command: click.Command, name: str) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         sys.exit(INTERRUPTED)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+@contextmanager
+def one_speaker(place: World) -> Iterator[None]:
+    """Let rank 0 alone log to stderr and show errors, also those of other ranks, which it hears of. All ranks."""
+    if place.is_main:
+        logs.to_stderr()
+    try:
+        yield
+    except UserError as error:
+        if place.is_main:
+            raise
+        sys.exit(error.exit_code)

@@ -10,6 +10,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ SMOKE = Setting("demo-smoke", ("train.total_steps=6", "train.eval_every_steps=6"
     help="Images of your own: CLASS/*.jpg.",
 )
 def demo(smoke: bool, data: Path | None) -> None:
-    """Run the whole product on a small real data set: 5 to 10 minutes on two CPU cores."""
+    """Run the whole product on a small real data set: three to ten minutes on two CPU cores."""
     began = time.monotonic()
     source = data.resolve() if data else None  # it was given from another folder, perhaps
     os.chdir(CLONE)
@@ -71,6 +72,7 @@ def demo(smoke: bool, data: Path | None) -> None:
         setting = Setting(setting.name if data is None else f"{setting.name}-smoke", SMOKE.overrides)
     _pack(setting, source, say)
     classes = _classes(setting)
+    _refuse_orphan(setting)
     _train(setting, "pretrain", classes, say)
     _train(setting, "finetune", classes, say)
     finetuned = str(setting.run("finetune"))
@@ -108,20 +110,26 @@ def _fashion_mnist(say: Console) -> Path | None:
     if INSTALLED.is_dir():
         return INSTALLED
     folder = Path("data") / "source" / PACKAGE
-    unpacked = folder / INSTALLED.relative_to("/")
-    if not unpacked.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
         say.print(f"[dim]fetching Debian's {PACKAGE} (30 MB)[/dim]")
+        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            subprocess.run(["apt-get", "download", PACKAGE], cwd=folder, check=True, capture_output=True)
-            package = next(folder.glob("*.deb"))
-            subprocess.run(
-                ["dpkg", "-x", str(package.resolve()), str(folder)], check=True, capture_output=True
-            )
+            with tempfile.TemporaryDirectory(
+                dir=folder.parent
+            ) as aside:  # a half of it would be taken for all
+                _fetch(Path(aside), PACKAGE)
+                (Path(aside) / "unpacked").rename(folder)
         except (OSError, subprocess.CalledProcessError, StopIteration) as error:
             say.print(f"[dim]not to be had here ({error}): taking scikit-learn's digits[/dim]")
             return None
-    return unpacked
+    return folder / INSTALLED.relative_to("/")
+
+
+def _fetch(folder: Path, package: str) -> None:
+    """A Debian package's files, to `folder`/unpacked; needs no root."""
+    subprocess.run(["apt-get", "download", package], cwd=folder, check=True, capture_output=True)
+    archive = next(folder.glob("*.deb")).resolve()
+    subprocess.run(["dpkg", "-x", str(archive), str(folder / "unpacked")], check=True, capture_output=True)
 
 
 def _digits() -> Path:
@@ -144,12 +152,21 @@ def _classes(setting: Setting) -> int:
     return open_dataset(str(setting.shards / "train")).labels[1] + 1
 
 
+def _refuse_orphan(setting: Setting) -> None:
+    """A second stage whose first is gone would be shown beside the numbers of another model."""
+    if setting.run("finetune").exists() and not setting.run("pretrain").exists():
+        raise UserError(
+            f"{setting.run('finetune')} was made from a {setting.run('pretrain')} that is gone; the two stages belong "
+            f"together: rm -r {setting.run('pretrain').parent} to begin anew"
+        )
+
+
 def _train(setting: Setting, stage: str, classes: int, say: Console) -> None:
     from pretrain.run_dir import STATUS, read_status
 
     run = setting.run(stage)
     if (run / STATUS).is_file() and read_status(run)["status"] == "finished":
-        say.print(f"[dim]{run} is finished already; remove it to train it anew[/dim]")
+        say.print(f"[dim]{run} is finished already; rm -r {run.parent} to begin anew[/dim]")
         return
     config = f"configs/demo_{stage}.yaml"
     overrides = [*setting.overrides, f"run.dir={run}", f"run.campaign={setting.name}"]

@@ -8,7 +8,7 @@ collective is the same on all ranks and no agreement waits for the device.
 import contextlib
 import socket
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -61,6 +61,18 @@ class Ranks:
         dist.all_reduce(tensor, group=self.control)
         result: list[float] = tensor.tolist()
         return result
+
+    def start_any(self, value: bool) -> Callable[[], bool]:
+        """Begin to ask whether `value` is true on any rank; the call that is returned waits for the answer."""
+        tensor = torch.tensor(float(value))
+        work = dist.all_reduce(tensor, group=self.control, async_op=True)
+        assert work is not None
+
+        def answer() -> bool:
+            work.wait()
+            return tensor.item() > 0
+
+        return answer
 
     def barrier(self) -> None:
         self.gather(None)
@@ -117,11 +129,18 @@ def joined(world: World, device: torch.device, timeout_seconds: int) -> Iterator
 def device_of(world: World) -> torch.device:
     """The device of this rank: its own CUDA device where there is one, else the CPU.
 
-    Where the launcher shows each task a single device, that one is number 0 for every local rank.
+    Where the launcher shows each task a single device, that one is number 0 for every local rank. Raises
+    `ConfigError` where there are fewer devices than local ranks.
     """
-    if not torch.cuda.is_available():
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
         return torch.device("cpu")
-    return torch.device("cuda", world.local_rank if torch.cuda.device_count() > 1 else 0)
+    if count > 1 and world.local_rank >= count:
+        raise ConfigError(
+            f"rank {world.rank} is process {world.local_rank + 1} of its machine, which has {count} GPUs; start one "
+            f"process for each GPU, --num_processes {count} (or --nproc_per_node {count})."
+        )
+    return torch.device("cuda", world.local_rank if count > 1 else 0)
 
 
 def _refuse_shared_devices(ranks: Ranks) -> None:

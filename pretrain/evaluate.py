@@ -3,11 +3,11 @@
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pretrain import logs, world
+from pretrain import command, world
 from pretrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,9 +40,16 @@ def evaluate(run: Path, which: str, shards: str | None, batch: int, as_json: boo
     RUN is a run directory or a step_N folder of its checkpoints. Runs in one process, or in several under torchrun.
     """
     place = world.from_environment(os.environ)
+    with command.one_speaker(place):
+        facts, scores = _evaluate(place, run, which, shards, batch)
     if place.is_main:
-        logs.to_stderr()
+        click.echo(json.dumps(scores.metrics() | facts) if as_json else f"step {facts['step']}: {scores}")
 
+
+def _evaluate(
+    place: world.World, run: Path, which: str, shards: str | None, batch: int
+) -> "tuple[dict[str, Any], Scores]":
+    """What was scored, and its scores. All ranks."""
     from pretrain.checkpoint.load import open_weights_together
     from pretrain.data import open_dataset
     from pretrain.distributed import device_of, joined
@@ -62,10 +69,8 @@ def evaluate(run: Path, which: str, shards: str | None, batch: int, as_json: boo
                 opened = open_dataset(shards or val.shards)  # type: ignore[union-attr]
                 opened.require_classes(source.model.num_classes)
         dataset = ranks.broadcast(opened)
-        scores = _score(source, dataset, batch, ranks)
-    if place.is_main:
         facts = {"checkpoint": str(source.path), "step": source.step, "digest": dataset.digest}
-        click.echo(json.dumps(scores.metrics() | facts) if as_json else f"step {source.step}: {scores}")
+        return facts, _score(source, dataset, batch, ranks)
 
 
 def _score(source: "WeightsFile", dataset: "Dataset", batch: int, ranks: "Ranks") -> "Scores":
@@ -73,7 +78,7 @@ def _score(source: "WeightsFile", dataset: "Dataset", batch: int, ranks: "Ranks"
     from tqdm import tqdm
 
     from pretrain.batch import Batch
-    from pretrain.config import ObjectiveConfig, OptimConfig, TrainConfig, for_evaluation, resolve
+    from pretrain.config import for_evaluation, resolve
     from pretrain.data import facts
     from pretrain.data.loader import EvalLoader
     from pretrain.hardware import detect
@@ -87,14 +92,8 @@ def _score(source: "WeightsFile", dataset: "Dataset", batch: int, ranks: "Ranks"
         logits: torch.Tensor = model(samples.images.to(ranks.device))
         return logits
 
-    config = source.config
-    # A plan for nothing but the batches: the run's own length and warm-up mean nothing on a validation set.
-    batches = TrainConfig(global_batch=batch * ranks.size, micro_batch=batch, total_steps=1)
-    data = for_evaluation(config.data)
-    alike = config.model_copy(
-        update={"train": batches, "data": data, "optim": OptimConfig(lr=1.0), "objective": ObjectiveConfig()}
-    )
-    plan = resolve(alike, ranks.size, facts(dataset, None), detect())
-    with EvalLoader(dataset, data, source.model, plan, rank=ranks.rank) as loader:
+    reading = for_evaluation(source.config, batch, ranks.size)
+    plan = resolve(reading, ranks.size, facts(dataset, None), detect())
+    with EvalLoader(dataset, reading.data, source.model, plan, rank=ranks.rank) as loader:
         shown = tqdm(loader, desc="evaluating", unit="batch", disable=None if ranks.is_main else True)
-        return score(forward, shown, config, len(dataset), ranks)
+        return score(forward, shown, source.config, len(dataset), ranks)

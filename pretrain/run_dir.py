@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from pretrain.checkpoint.layout import checkpoints, config_of, read_manifest, replace_file
 from pretrain.config import Config, Plan, dump
-from pretrain.config.resume import FIXED, Refused, changed_keys, refused
+from pretrain.config.resume import FIXED, Refused, changed_keys, check_allowed, refused
 from pretrain.errors import CheckpointError, ConfigError, RunDirError, UserError
 
 CONFIG = "config.yaml"
@@ -46,11 +46,13 @@ def check_writable(run_dir: Path) -> None:
 
 
 def check_resumable(run_dir: Path, config: Config, allowed: Sequence[str]) -> None:
-    """Raise `ConfigError` if the newest checkpoint here was made under settings that this config changes.
+    """Raise `ConfigError` if the newest checkpoint here was made under settings that this config changes, or if
+    `allowed` names a key that there is not.
 
     allowed: keys that the user says may change, besides those that always may (`pretrain.config.resume`). Reads one
     manifest and verifies nothing: it is here to answer before anything heavy starts. Any rank.
     """
+    check_allowed(allowed, config)
     for folder in reversed(checkpoints(run_dir)):
         with contextlib.suppress(CheckpointError):  # a damaged one, which the run will pass over too
             refuse_changes(run_dir, changed_keys(config_of(read_manifest(folder), folder), config), allowed)
@@ -64,7 +66,8 @@ def refuse_changes(run_dir: Path, changes: Sequence[Refused], allowed: Sequence[
         raise ConfigError(
             f"{run_dir} holds a run with other settings:\n  " + "\n  ".join(words) + "\n"
             "Take the old values to resume it, or set run.dir to begin another run. Keys outside of "
-            f"{', '.join(FIXED)} can be changed on purpose with --allow-change KEY."
+            f"{', '.join(FIXED)} can be changed on purpose with --allow-change KEY, and so can init.from and the "
+            "shards of a mixture, where they have moved."
         )
 
 

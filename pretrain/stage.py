@@ -22,7 +22,7 @@ from pretrain.data.quarantine import REPORT, Quarantine
 from pretrain.data.state import check_continues, data_state
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, UserError
 from pretrain.hardware import detect
 from pretrain.logs import log
 from pretrain.metrics import Meter, peak_flops
@@ -54,10 +54,12 @@ def run_stage(
     directory: Path,
     log_file: Path,
     stop: StopFlag,
+    afterwards: ExitStack,
     allow_change: Sequence[str] = (),
 ) -> Outcome:
     """Start or resume the stage in `directory` and train it to its end or to a stop. All ranks.
 
+    afterwards: what rank 0 leaves to do once no other rank waits for it: the rest of the delivery to MLflow.
     allow_change: keys of the config that the user says may differ from those that the run was trained with.
     """
     data = _open_data(config, ranks)
@@ -73,7 +75,7 @@ def run_stage(
         with ranks.together():
             if ranks.is_main:
                 tracker = _start_tracking(config, plan, data, start, directory)
-                stack.push(lambda kind, *_: _fail(directory, tracker) if kind else None)
+                stack.push(lambda kind, *_: _fail(directory, tracker, afterwards) if kind else None)
                 run_dir.write_config(directory, config, plan)
                 run_dir.write_status(directory, "running", start.step, attempt=tracker.attempt)
                 _announce(plan, config, start)
@@ -115,9 +117,10 @@ def run_stage(
             tracker=tracker,
         )
         outcome = trainer.run()
-        ranks.barrier()  # delivery to MLflow may take longer than a collective may: nobody waits in one for it
-        if tracker is not None:
-            _conclude(outcome, directory, tracker)
+        with ranks.together():
+            if tracker is not None:
+                _conclude(outcome, directory, tracker)
+                afterwards.callback(tracker.finish, "FINISHED" if outcome.status == "finished" else "KILLED")
     return outcome
 
 
@@ -167,7 +170,10 @@ def _start_at(
         found.folder,
         f" with {', '.join(changes)}" if changes else "",
     )
-    return Start(found.manifest.step, found.manifest.progress)
+    progress = dict(found.manifest.progress)
+    if found.manifest.plan["val_digest"] != plan.val_digest and progress.pop("best", None):
+        log.info("another validation set: the best score so far does not count on it")
+    return Start(found.manifest.step, progress)
 
 
 def _hand_off(config: Config, init: InitConfig, ranks: Ranks) -> _HandOff:
@@ -222,17 +228,37 @@ def _show_hand_off(handed: _HandOff, directory: Path, tracker: Tracker) -> None:
     tracker.artifact(Path(run_dir.HANDOFF))
 
 
-def _fail(directory: Path, tracker: Tracker) -> None:
-    """Rank 0: an error ends the run; the last checkpoint stands."""
-    saved = checkpoints(directory)
-    run_dir.write_status(directory, "failed", step_of(saved[-1]) if saved else 0, attempt=tracker.attempt)
-    if (directory / REPORT).is_file():
-        tracker.artifact(Path(REPORT))
-    tracker.finish("FAILED")
+def _fail(directory: Path, tracker: Tracker, afterwards: ExitStack) -> None:
+    """Rank 0: an error ends the run; the last checkpoint stands. What fails here too is not the error to show."""
+    try:
+        saved = checkpoints(directory)
+        run_dir.write_status(directory, "failed", step_of(saved[-1]) if saved else 0, attempt=tracker.attempt)
+        _attach(directory, tracker, REPORT)
+    except (UserError, OSError) as error:
+        log.warning("the end of the run could not be written down: %s", error)
+    afterwards.callback(_finish_failed, tracker)
+
+
+def _finish_failed(tracker: Tracker) -> None:
+    try:
+        tracker.finish("FAILED")
+    except (UserError, OSError) as error:
+        log.warning("the end of the run could not be tracked: %s", error)
+
+
+def _attach(directory: Path, tracker: Tracker, *names: str) -> None:
+    """Keep those of these files that exist with the run, as far as they are small enough for MLflow."""
+    for name in names:
+        if not (directory / name).is_file():
+            continue
+        try:
+            tracker.artifact(Path(name))
+        except ValueError as error:
+            log.warning("%s; it stays in the run directory only", error)
 
 
 def _conclude(outcome: Outcome, directory: Path, tracker: Tracker) -> None:
-    """Rank 0: say how it ended, to people, to scripts and to MLflow."""
+    """Rank 0: say how it ended, to people and to scripts, and give MLflow the files that tell of it."""
     run_dir.write_status(
         directory,
         outcome.status,
@@ -242,9 +268,7 @@ def _conclude(outcome: Outcome, directory: Path, tracker: Tracker) -> None:
         scores=outcome.scores,
         best=outcome.best,
     )
-    for name in (run_dir.CONFIG, run_dir.PLAN, run_dir.STATUS, REPORT):
-        if (directory / name).is_file():
-            tracker.artifact(Path(name))
+    _attach(directory, tracker, run_dir.CONFIG, run_dir.PLAN, run_dir.STATUS, REPORT)
     if outcome.status == "finished":
         log.info(
             "finished at step %d; next: pretrain evaluate %s, pretrain export %s",
@@ -252,7 +276,5 @@ def _conclude(outcome: Outcome, directory: Path, tracker: Tracker) -> None:
             directory,
             directory,
         )
-        tracker.finish("FINISHED")
     else:
-        log.info("stopped at step %d after a checkpoint; the same command goes on from there", outcome.step)
-        tracker.finish("KILLED")
+        log.info("stopped at step %d; the same command goes on from there", outcome.step)

@@ -7,8 +7,8 @@ under our batch script, which reads status.json); others as in `pretrain.errors`
 
 import os
 import re
-import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -41,13 +41,8 @@ def train(config: Path, overrides: tuple[str, ...], allow_change: tuple[str, ...
     OVERRIDES are key.sub=value, for instance optim.lr=1e-3.
     """
     place = world.from_environment(os.environ)
-    if place.is_main:
-        logs.to_stderr()
+    with command.one_speaker(place):
         return _train(place, config, overrides, allow_change)
-    try:
-        return _train(place, config, overrides, allow_change)
-    except UserError as error:
-        sys.exit(error.exit_code)
 
 
 def _train(place: world.World, path: Path, overrides: tuple[str, ...], allow_change: tuple[str, ...]) -> int:
@@ -57,21 +52,21 @@ def _train(place: world.World, path: Path, overrides: tuple[str, ...], allow_cha
     run_dir.check_writable(directory)
     log_file = logs.to_rank_file(directory, place.rank)
     run_dir.forget_failure(directory, place.rank)
-    try:
-        run_dir.check_resumable(directory, config, allow_change)
-        with stop.on_signals() as flag:
-            return _join_and_train(place, config, directory, log_file, allow_change, flag)
-    except PeerError:
-        raise
-    except (UserError, OSError) as error:
-        run_dir.record_failure(directory, place.rank, error, str(error))
-        raise error if isinstance(error, UserError) else UserError(str(error)) from error
-    except Exception as error:
-        if isinstance(error, RuntimeError) and place.size > 1 and _LOST_PEER.search(str(error)):
-            logs.to_file_only(log_file, error)
-            raise PeerError(f"{_words_of_culprit(directory, place)}\n  {_first_line(error)}") from error
-        run_dir.record_failure(directory, place.rank, error, f"{type(error).__name__}: {error}")
-        raise
+    with stop.on_signals() as flag, ExitStack() as afterwards:
+        try:
+            run_dir.check_resumable(directory, config, allow_change)
+            return _join_and_train(place, config, directory, log_file, allow_change, flag, afterwards)
+        except PeerError:
+            raise
+        except (UserError, OSError) as error:
+            run_dir.record_failure(directory, place.rank, error, str(error))
+            raise error if isinstance(error, UserError) else UserError(str(error)) from error
+        except Exception as error:
+            if isinstance(error, RuntimeError) and place.size > 1 and _LOST_PEER.search(str(error)):
+                logs.to_file_only(log_file, error)
+                raise PeerError(f"{_words_of_culprit(directory, place)}\n  {_first_line(error)}") from error
+            run_dir.record_failure(directory, place.rank, error, f"{type(error).__name__}: {error}")
+            raise
 
 
 def _join_and_train(
@@ -81,6 +76,7 @@ def _join_and_train(
     log_file: Path,
     allow_change: tuple[str, ...],
     flag: stop.StopFlag,
+    afterwards: ExitStack,
 ) -> int:
     # torch, DeepSpeed and their friends take seconds to import: not before the config is known to be right, and with
     # signals in hand, which may come at any moment of it
@@ -93,7 +89,7 @@ def _join_and_train(
         logs.quiet_stdout(log_file),
         joined(place, device_of(place), config.engine.timeout_seconds) as ranks,
     ):
-        outcome = run_stage(config, ranks, directory, log_file, flag, allow_change)
+        outcome = run_stage(config, ranks, directory, log_file, flag, afterwards, allow_change)
     return 0 if outcome.status == "finished" or UNDER_BATCH_SCRIPT in os.environ else INTERRUPTED
 
 

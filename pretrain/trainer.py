@@ -61,6 +61,10 @@ class Outcome:
     best: Mapping[str, float]
 
 
+class _LeftError(Exception):
+    """An evaluation was left because the run is to stop."""
+
+
 class Trainer:
     """All ranks construct one and call `run`. `tracker` is rank 0's alone, `validation` gives this rank's batches."""
 
@@ -102,6 +106,7 @@ class Trainer:
         self._saves = Saves(run_dir, config.checkpoint, ranks, quarantine.merge)
         self._exchange = StepExchange(ranks)
         self._waited = 0.0
+        self._owes_score = bool(progress.get("owes_score", False))
         self._stop_agreed = self._save_agreed = self._all_written = False
 
     def run(self) -> Outcome:
@@ -112,10 +117,14 @@ class Trainer:
         self.quarantine.check(self.bad_samples, self._distinct_seen())
         if self.ranks.is_main:
             self._saves.mend_pointers(self.step, int(self.best.get("step", -1)))
-        if self.step == 0 and self.config.init is not None and self.validation is not None:
+        if self.step == 0 and self.config.init is not None:
             self._evaluate()  # the hand-off's own score, before anything is learnt
+        elif self._owes_score:
+            improved = self._evaluate()
+            if not self._owes_score:
+                self._save(best=improved)
         saved_at = self.step
-        if self.step < self.plan.total_steps:
+        if self.step < self.plan.total_steps and not self._stop_agreed:
             with self._progress_bar() as bar:
                 for micro_batches in self.batches.steps(self.step):
                     self._train_step(micro_batches)
@@ -131,7 +140,7 @@ class Trainer:
                         self._finish_save()
                     if self._stop_agreed or self.step == self.plan.total_steps:
                         break
-        finished = self.step >= self.plan.total_steps
+        finished = self.step >= self.plan.total_steps and not self._owes_score
         if saved_at != self.step:
             self._save(best=False)
         self._finish_save()
@@ -201,12 +210,21 @@ class Trainer:
             )  # fmt: skip
 
     def _evaluate(self) -> bool:
-        """Score the whole validation set; returns whether it is the best so far. Without one, False."""
+        """Score the whole validation set; returns whether it is the best so far. Without one, False.
+
+        A pass over a large set may take longer than a stopped run is given to save itself: a signal ends it, and the
+        score is owed at the next start.
+        """
         if self.validation is None:
             return False
         with self._outside_of_speed():
             self._learn(self._exchange.drain())
-            scores = self._score()
+            try:
+                scores = self._score(self.validation())
+                self._owes_score = False
+            except _LeftError:
+                self._owes_score = self._stop_agreed = True
+                return False
         self.scores = scores.metrics()
         if self.step == 0:
             self.first_scores = self.scores
@@ -218,9 +236,20 @@ class Trainer:
             log.info("step %d: %s%s", self.step, scores, " (best so far)" if improved else "")
         return improved and self.config.checkpoint.keep_best
 
-    def _score(self) -> Scores:
-        assert self.validation is not None
-        return score(self.engine.forward, self.validation(), self.config, self.plan.val_samples, self.ranks)
+    def _score(self, batches: Iterable[Batch]) -> Scores:
+        until_stop = self._until_stop(batches)
+        return score(self.engine.forward, until_stop, self.config, self.plan.val_samples, self.ranks)
+
+    def _until_stop(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, until a rank was asked to stop: then `_LeftError`, after the same batch on all ranks."""
+        is_stopped: Callable[[], bool] | None = None
+        for batch in batches:
+            if is_stopped is not None and is_stopped():
+                raise _LeftError
+            is_stopped = self.ranks.start_any(bool(self.stop))
+            yield batch
+        if is_stopped is not None:
+            is_stopped()  # too late: the pass is complete
 
     def _save(self, *, best: bool) -> None:
         with self._outside_of_speed():
@@ -243,6 +272,7 @@ class Trainer:
             data=self.data_state(self.step),
             progress=self.meter.state()
             | {
+                "owes_score": self._owes_score,
                 "skipped_steps": self.skipped_steps,
                 "bad_samples": self.bad_samples,
                 "first_scores": self.first_scores,

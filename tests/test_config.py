@@ -337,12 +337,29 @@ def test_a_longer_training_and_another_log_interval_may_follow() -> None:
     assert changed_keys(read(), read(SMALLEST, "tracking.uri=null", "checkpoint.keep=5")) == []
 
 
-@pytest.mark.parametrize("override", ["train.global_batch=32", "run.seed=1", "data.lanes=4", "init.from=x"])
+@pytest.mark.parametrize("override", ["train.global_batch=32", "run.seed=1", "data.lanes=4"])
 def test_a_change_of_what_is_computed_is_named(override: str) -> None:
     changes = changed_keys(read(), read(SMALLEST, override))
     key, value = override.split("=")
     assert any(c.key == key and re.fullmatch(rf"{key}: .* -> '?{value}'?", c.words) for c in changes)
     assert refused(changes, allowed=[key]) == [c.words for c in changes]  # no option lets these change
+
+
+def test_a_run_keeps_its_beginning_which_may_have_moved() -> None:
+    begun, moved = read(SMALLEST, "init.from=x"), read(SMALLEST, "init.from=y")
+    assert [c.words for c in changed_keys(begun, moved)] == ["init.from: 'x' -> 'y'"]
+    assert refused(changed_keys(begun, moved), []) == ["init.from: 'x' -> 'y'"]
+    assert refused(changed_keys(begun, moved), ["init.from"]) == []
+    assert refused(changed_keys(read(), begun), ["init"])
+    assert refused(changed_keys(begun, read(SMALLEST, "init.from=x", "init.position=drop")), ["init"])
+
+
+def test_the_shards_of_a_mixture_may_have_moved() -> None:
+    before, now = (read(SMALLEST, (MIX % ("b", "1")).replace("d/", folder)) for folder in ("d/", "e/"))
+    changes = changed_keys(before, now)
+    assert [c.key for c in changes] == ["data.train.mix.0.shards", "data.train.mix.1.shards"]
+    assert len(refused(changes, [])) == 2
+    assert refused(changes, ["data.train.mix"]) == []
 
 
 def test_a_change_of_a_mixture_is_named_by_its_source() -> None:
@@ -359,7 +376,7 @@ def test_other_changes_are_refused_until_they_are_allowed() -> None:
 
 
 def test_every_key_that_may_change_exists() -> None:
-    keys = flatten(read(SMALLEST, "init.from=x"))
+    keys = flatten(read(SMALLEST, "init.from=x", "data.val.shards=y"))
     for name in MAY_CHANGE:
         assert any(key == name or key.startswith(name + ".") for key in keys), name
 

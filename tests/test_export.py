@@ -16,12 +16,13 @@ import tiny
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from saves import save
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from pretrain.checkpoint.load import open_weights
-from pretrain.checkpoint.save import Content, save
+from pretrain.checkpoint.save import Content
 from pretrain.config import ModelConfig
 from pretrain.distributed import joined
 from pretrain.errors import CheckpointError, ExportError

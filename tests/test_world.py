@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from pretrain.distributed import shared
+from pretrain.distributed import device_of, shared
 from pretrain.errors import ConfigError
 from pretrain.world import EXPECTED_WORLD, World, from_environment
 
@@ -23,6 +24,26 @@ print(f"rank {world.rank} of {world.size}, local {world.local_rank}, by {world.l
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node-0", "MASTER_PORT": "4711"}
 SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "MASTER_ADDR": "node-0"}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "local_rank", "expected"), [(0, 3, "cpu"), (1, 3, "cuda:0"), (4, 3, "cuda:3")]
+)
+def test_a_rank_takes_the_gpu_of_its_number_or_the_one_it_is_shown(
+    gpus: int, local_rank: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert str(device_of(World(local_rank, 4, local_rank, "127.0.0.1", 0, "test"))) == expected
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(
+        ConfigError, match="process 3 of its machine, which has 2 GPUs; start one process for each"
+    ):
+        device_of(World(2, 3, 2, "127.0.0.1", 0, "test"))
 
 
 def test_plain_python_is_a_world_of_one() -> None:

@@ -38,13 +38,6 @@ class Content:
     """(parameter, start, stop, {kind: fp32 tensor of stop - start elements}) for each slice this rank owns."""
 
 
-def save(run_dir: Path, content: Content, ranks: Ranks) -> Path:
-    """Commit a checkpoint and return its folder. All ranks; returns when it is durable. Raises as `Saver.commit`."""
-    saver = Saver(run_dir, ranks)
-    saver.begin(content)
-    return saver.commit()
-
-
 class Saver:
     """Saves checkpoints of one run, one at a time, while training goes on. All ranks make one and call it together.
 

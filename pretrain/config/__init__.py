@@ -7,7 +7,8 @@ from pretrain.config.augment import (
     RandomErasingConfig,
     TimmRandAugmentConfig,
 )
-from pretrain.config.data import DataConfig, SourceConfig, TrainSourceConfig, for_evaluation
+from pretrain.config.data import DataConfig, SourceConfig, TrainSourceConfig
+from pretrain.config.evaluation import for_evaluation
 from pretrain.config.load import dump, load
 from pretrain.config.model import ModelConfig, PosEmbed
 from pretrain.config.plan import Plan, resolve

@@ -1,10 +1,13 @@
 """What may differ between the attempts of one run, and what may not."""
 
+import difflib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pretrain.config.plan import Plan
 from pretrain.config.schema import Config
+from pretrain.errors import ConfigError
 
 MAY_CHANGE = (
     "train.total_steps",
@@ -16,6 +19,8 @@ MAY_CHANGE = (
     "engine.zero_stage",
     "engine.checkpoint_every_blocks",
     "engine.timeout_seconds",
+    "data.train.shards",
+    "data.val.shards",
     "data.decode_threads",
     "data.workers",
     "data.prefetch_steps",
@@ -31,7 +36,8 @@ MAY_CHANGE = (
     "run.campaign",
 )
 """Keys that a resumed run may set anew: they do not change which samples are seen, nor what is computed with them,
-except for the length, which moves the end of the learning-rate schedule and is meant to."""
+except for the length, which moves the end of the learning-rate schedule and is meant to. Shards may move: what they
+hold is compared, by the digests of their manifests."""
 
 
 FIXED = (
@@ -47,6 +53,10 @@ FIXED = (
     "init",
 )
 """Keys that no option lets change within a run: another order of samples, another model, another beginning."""
+
+MOVES = re.compile(r"data\.train\.mix\.\d+\.shards|init\.from")
+"""Paths below `FIXED` to what the run began with. It may have moved since: of shards the digest tells, and the weights
+are not read again."""
 
 NOT_BY_THE_CONFIG = {"precision": "engine.precision", "val_digest": "data.val"}
 """Numbers of the plan that a resume keeps although the same config gives others elsewhere (`precision: auto` or ZeRO
@@ -65,7 +75,22 @@ class Refused(NamedTuple):
 
 def refused(changes: Sequence[Refused], allowed: Sequence[str]) -> list[str]:
     """The words of those changes that the user did not allow, or that nobody can."""
-    return [c.words for c in changes if _under(c.key, FIXED) or not _under(c.key, allowed)]
+    return [c.words for c in changes if _is_fixed(c.key) or not _under(c.key, allowed)]
+
+
+def check_allowed(allowed: Sequence[str], config: Config) -> None:
+    """Raise `ConfigError` for a key that no config has, which would allow nothing."""
+    known = flatten(config)
+    for key in allowed:
+        if not any(_under(name, [key]) for name in known):
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(
+                f"--allow-change {key}: there is no such key{f'; did you mean {near[0]}?' if near else ''}"
+            )
+
+
+def _is_fixed(key: str) -> bool:
+    return _under(key, FIXED) and not MOVES.fullmatch(key)
 
 
 def changed_numbers(before: Mapping[str, Any], now: Plan) -> list[Refused]:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from pretrain.config import Config, ObjectiveConfig, OptimConfig, TrainConfig, for_evaluation, resolve
+from pretrain.config import Config, for_evaluation, resolve
 from pretrain.config.plan import Hardware
 from pretrain.data import facts, open_dataset
 from pretrain.data.loader import EvalLoader
@@ -19,14 +19,7 @@ def validation_images(config: Config, count: int = 16) -> Tensor | None:
     except DataError as error:
         log.warning("the run's validation set is not at hand: %s", error)
         return None
-    reading = config.model_copy(
-        update={
-            "data": for_evaluation(config.data).model_copy(update={"decode_threads": 0}),
-            "objective": ObjectiveConfig(),
-            "optim": OptimConfig(lr=1.0),
-            "train": TrainConfig(global_batch=count, total_steps=1),
-        }
-    )
+    reading = for_evaluation(config, count, 1)
     plan = resolve(reading, 1, facts(dataset, None), Hardware("cpu", "", has_bf16=False))
     with EvalLoader(dataset, reading.data, reading.model, plan, rank=0) as loader:
         batch = next(iter(loader))

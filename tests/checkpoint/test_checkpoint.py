@@ -11,11 +11,21 @@ import tiny
 import torch
 from engines import STAGES, config, losses_of, make_engine, weights
 from ranks import RankError, Ranks, on_ranks
+from saves import save
 
 from pretrain.checkpoint import checkpoints
-from pretrain.checkpoint.layout import BEST, LATEST, MANIFEST, folder_of, point, pointer, read_manifest
+from pretrain.checkpoint.layout import (
+    BEST,
+    LATEST,
+    MANIFEST,
+    folder_of,
+    point,
+    pointer,
+    read_manifest,
+    step_of,
+)
 from pretrain.checkpoint.load import newest_valid, open_weights, open_weights_together
-from pretrain.checkpoint.save import Content, mark_best, prune, save
+from pretrain.checkpoint.save import Content, mark_best, prune
 from pretrain.config import Plan
 from pretrain.engine import Engine
 from pretrain.errors import CheckpointError
@@ -254,6 +264,47 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all_and_harms_nothing(tmp_pa
         assert "step 2 could not be written (rank 1: " in words
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001"]
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
+
+
+def out_of_memory(ranks: Ranks, run: Path) -> str:
+    engine, plan = make_engine(config(1, "fp32", None, 0), ranks, run)
+    losses_of(engine, plan, ranks, 0, 1)
+    save(run, content(engine, plan, 1), ranks)
+    if ranks.rank == 1:
+        module = __import__("pretrain.checkpoint.save", fromlist=["save_file"])
+
+        def fail(*_: object) -> None:
+            raise MemoryError("cannot allocate 4 GiB")
+
+        module.save_file = fail
+    try:
+        save(run, content(engine, plan, 2), ranks)
+    except CheckpointError as error:
+        return str(error)
+    return "saved"
+
+
+def test_whatever_ends_a_writer_is_told_to_all_ranks(tmp_path: Path) -> None:
+    for words in on_ranks(2, out_of_memory, tmp_path):
+        assert "(rank 1: MemoryError: cannot allocate 4 GiB)" in words
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001"]
+
+
+def test_what_cannot_be_deleted_stops_no_run_and_goes_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_ranks(1, write_three, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", _refuse)
+        prune(tmp_path, 1, 3)
+        assert [step_of(path) for path in checkpoints(tmp_path)][-1] == 3
+        assert list((tmp_path / "checkpoints").glob("*.old"))
+    prune(tmp_path, 1, 3)
+    assert not list((tmp_path / "checkpoints").glob("*.old"))
+
+
+def _refuse(*_: object, **__: object) -> None:
+    raise OSError("Device or resource busy")
 
 
 def open_while_saving(ranks: Ranks, run: Path) -> tuple[int, str]:

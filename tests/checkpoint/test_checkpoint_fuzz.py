@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from engines import config, losses_of, make_engine
 from ranks import Ranks, on_ranks
+from saves import save
 from test_checkpoint import content
 
 from pretrain.checkpoint.layout import MANIFEST, folder_of
 from pretrain.checkpoint.load import newest_valid
-from pretrain.checkpoint.save import save
 
 PAGE = 4096
 

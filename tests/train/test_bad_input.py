@@ -148,6 +148,8 @@ def test_a_changed_setting_is_refused_unless_told(shards: Path, tmp_path: Path) 
     assert launch(1, tmp_path, path, *told)[0][0] == 0
     error = fails(1, tmp_path, path, "run.seed=3", "--allow-change", "run.seed", code=2)
     assert "run.seed: 0 -> 3" in error
+    error = fails(1, tmp_path, path, "--allow-change", "optim.rl", code=2)
+    assert "--allow-change optim.rl: there is no such key; did you mean optim.lr?" in error
     (tmp_path / "run" / "config.yaml").unlink()  # the checkpoint says what it was trained with
     error = fails(1, tmp_path, path, "optim.lr=0.1", code=2)
     assert "optim.lr: 0.5 -> 0.1" in error

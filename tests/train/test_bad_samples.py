@@ -12,6 +12,7 @@ from test_resume import config, journal, train
 
 from pretrain.checkpoint import checkpoints, read_manifest
 from pretrain.config import Config
+from pretrain.data.quarantine import BadSample
 from pretrain.data.scan import index_folder
 
 BAD = 14
@@ -113,6 +114,21 @@ def test_past_the_budget_all_ranks_stop_behind_a_checkpoint_and_go_on_with_a_wid
     assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == status["step"]
     assert [code for code, _ in launch(1, tmp_path, path, "data.max_bad_share=0.1")] == [0]
     assert counts(tmp_path / "run")[-1] == BAD
+
+
+def test_a_report_too_large_for_mlflow_stays_in_the_run_directory(digits: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "logs").mkdir(parents=True)
+    with (run / "logs" / "quarantine.rank_0.jsonl").open("w") as file:  # of an earlier attempt
+        for number in range(9000):
+            bad = BadSample("shard.tar", number, "key", "x" * 2000, 1, number, 0)
+            file.write(json.dumps(bad._asdict()) + "\n")
+    ((code, words),) = launch(1, tmp_path, write(settings(run, digits, steps=2), tmp_path))
+    assert code == 0, words
+    assert "quarantine.jsonl has more than 16,777,216 bytes; it stays in the run directory only" in words
+    assert json.loads((run / "status.json").read_text())["status"] == "finished"
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["status"] == "FINISHED"
+    assert len(report(run)) == 9000
 
 
 def evaluated(ranks: Ranks, cfg: Config) -> str:

@@ -14,6 +14,8 @@ from test_resume import TOTAL, config
 
 from pretrain.checkpoint import checkpoints
 from pretrain.config import load
+from pretrain.demo import SMOKE, _refuse_orphan
+from pretrain.errors import UserError
 from pretrain.export.images import validation_images
 from pretrain.train import UNDER_BATCH_SCRIPT
 
@@ -118,9 +120,26 @@ def test_evaluate_needs_nothing_of_the_training_s_length(digits: Path, tmp_path:
     trained = status(tmp_path / "run")["scores"]
     assert isinstance(trained, dict)
     assert json.loads(shown.stdout)["val/loss"] == pytest.approx(trained["val/loss"], abs=1e-5)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "pretrain"]
+    failed = subprocess.run(
+        [*torchrun, *command[3:], "--shards", str(tmp_path / "none")], capture_output=True, text=True
+    )
+    assert failed.returncode != 0
+    assert failed.stderr.count("there is no such folder") == 1, failed.stderr
     images = validation_images(load(tmp_path / "run" / "config.yaml"))
     assert images is not None
     assert len(images) == 16
+
+
+def test_a_second_stage_of_the_demo_is_not_shown_without_its_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    SMOKE.run("finetune").mkdir(parents=True)
+    with pytest.raises(UserError, match="rm -r runs/demo-smoke to begin anew"):
+        _refuse_orphan(SMOKE)
+    SMOKE.run("pretrain").mkdir()
+    _refuse_orphan(SMOKE)
 
 
 def test_the_demo_in_its_smoke_mode(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import shutil
 import signal
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,12 @@ from ranks import RankError, Ranks, on_ranks
 
 from pretrain.checkpoint import checkpoints, read_manifest
 from pretrain.checkpoint.load import open_weights
-from pretrain.config import Config, TrainSourceConfig
-from pretrain.data import open_training
+from pretrain.config import Config, TrainSourceConfig, resolve
+from pretrain.data import facts, open_dataset, open_training
+from pretrain.data.loader import EvalLoader
 from pretrain.errors import UserError
+from pretrain.hardware import detect
+from pretrain.run_dir import check_resumable, read_status
 from pretrain.stage import agree, run_stage
 from pretrain.stop import StopFlag
 
@@ -64,7 +69,8 @@ def train(ranks: Ranks, cfg: Config, stop_after: int = 10**9) -> tuple[str, int]
     torch.manual_seed(os.getpid())  # no result may hang on a generator's state, which a restart would lose
     # Only one rank hears the signal: the others must learn of it.
     flag = StopAfter(stop_after) if ranks.rank == ranks.size - 1 else StopFlag()
-    outcome = run_stage(cfg, ranks, run, run / "logs" / f"rank_{ranks.rank}.log", flag)
+    with ExitStack() as afterwards:
+        outcome = run_stage(cfg, ranks, run, run / "logs" / f"rank_{ranks.rank}.log", flag, afterwards)
     return outcome.status, outcome.step
 
 
@@ -192,6 +198,44 @@ def test_saves_by_the_clock_are_agreed_by_all_ranks_and_change_nothing(digits: P
         assert journal(tmp_path / run) == journal(tmp_path / "golden")
     logged = (tmp_path / "timed" / "metrics.jsonl").read_text()
     assert "perf/save_stall_seconds" in logged
+
+
+def validation_batches(ranks: Ranks, cfg: Config) -> int:
+    data = open_dataset(str(cfg.data.val and cfg.data.val.shards))
+    plan = resolve(cfg, ranks.size, facts(open_training(cfg.data.train), data), detect())
+    with EvalLoader(data, cfg.data, cfg.model, plan, rank=ranks.rank) as loader:
+        return sum(1 for _ in loader)
+
+
+def test_a_signal_in_an_evaluation_ends_it_and_its_score_is_made_up_for(digits: Path, tmp_path: Path) -> None:
+    golden = config(tmp_path / "golden", digits, checkpoint={"every_steps": 5})
+    batches, _ = on_ranks(2, validation_batches, golden)
+    assert batches > 3
+    in_the_middle, at_the_end = 6 + 2, TOTAL + batches + 2  # the flag is asked once a step and once a batch
+    stopped = [
+        config(tmp_path / f"stopped_{asked}", digits, checkpoint={"every_steps": 5})
+        for asked in (in_the_middle, at_the_end)
+    ]
+    jobs = [(golden, 10**9), (stopped[0], in_the_middle), (stopped[1], at_the_end)]
+    ends = on_ranks(2, many, jobs)[0]
+    assert ends == [("finished", TOTAL), ("interrupted", 6), ("interrupted", TOTAL)]
+    assert ("val/loss", 6) not in journal(tmp_path / f"stopped_{in_the_middle}")
+    assert on_ranks(2, many, [(cfg, 10**9) for cfg in stopped])[0] == [("finished", TOTAL)] * 2
+    for cfg in stopped:
+        assert journal(Path(cfg.run.dir)) == journal(tmp_path / "golden")
+        for name, value in final(tmp_path / "golden").items():
+            assert torch.equal(final(Path(cfg.run.dir))[name], value)
+        assert read_status(Path(cfg.run.dir))["scores"] == read_status(tmp_path / "golden")["scores"]
+
+
+def test_shards_may_move_within_a_run(digits: Path, tmp_path: Path) -> None:
+    here = shutil.copytree(digits, tmp_path / "here")
+    cfg = config(tmp_path / "run", here)
+    assert on_ranks(1, train, cfg, 3) == [("interrupted", 5)]  # agreed two steps later
+    there = here.rename(tmp_path / "there")
+    moved = config(tmp_path / "run", there)
+    check_resumable(tmp_path / "run", moved, ())
+    assert on_ranks(1, train, moved) == [("finished", TOTAL)]
 
 
 def test_another_data_set_is_refused_with_both_digests(digits: Path, tmp_path: Path) -> None:
