@@ -30,6 +30,7 @@ COMMANDS = {
         "pretrain.evaluate:evaluate", "Measure a checkpoint of a run on the whole validation set."
     ),
     "export": Lazy("pretrain.export:export", "Write a checkpoint in a form that other libraries load."),
+    "show": Lazy("pretrain.show:show", "Draw what a model has learnt: positions, filters, attention."),
     "bench": Lazy("pretrain.bench:bench", "Measure the input pipeline, beside its limit and its peers."),
     "track": Lazy("pretrain.track:track", "Deliver to MLflow what a run could not deliver itself."),
 }

@@ -227,6 +227,7 @@ def _summary(setting: Setting, say: Console, seconds: float) -> None:
     say.rule("[bold]done")
     say.print(table)
     say.print(f"export    {setting.run('finetune')}/export/safetensors")
+    say.print(f"figures   {setting.run('finetune')}/figures: positions, filters, attention")
     say.print("MLflow    make ui")
     say.print("next      your own images: the README's “Train on your own shards”;")
     say.print(f"          to run this again from the start: rm -r runs/{setting.name}")

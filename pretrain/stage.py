@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from pretrain import run_dir
 from pretrain.checkpoint import checkpoints
@@ -23,7 +24,9 @@ from pretrain.data.state import check_continues, data_state
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.errors import ConfigError, UserError
+from pretrain.figures.during import NUM_IMAGES, RunFigures
 from pretrain.hardware import detect
+from pretrain.images import validation_images
 from pretrain.logs import log
 from pretrain.metrics import Meter, peak_flops
 from pretrain.model import InitialWeights, forward_flops, num_parameters
@@ -101,6 +104,9 @@ def run_stage(
         if data.val is not None:
             loader = EvalLoader(data.val, config.data, config.model, plan, rank=ranks.rank)
             validation = stack.enter_context(loader).__iter__
+        figures = None
+        if config.train.figures_every_steps is not None and validation is not None:
+            figures = RunFigures(engine, ranks, _first_images(config, ranks), directory, tracker)
         trainer = Trainer(
             config=config,
             plan=plan,
@@ -108,6 +114,7 @@ def run_stage(
             engine=engine,
             batches=batches,
             validation=validation,
+            figures=figures,
             quarantine=Quarantine(directory, ranks.rank, config.data.max_bad_share),
             meter=_meter(config, plan, ranks, start),
             run_dir=directory,
@@ -182,6 +189,15 @@ def _hand_off(config: Config, init: InitConfig, ranks: Ranks) -> _HandOff:
     with ranks.together():
         made = transfer(source.weights, source.model, config.model, init, config.run.seed)
     return _HandOff(source, made)
+
+
+def _first_images(config: Config, ranks: Ranks) -> Tensor:
+    """The first validation images, the same on all ranks: what the figures show to the model."""
+    images = None
+    with ranks.together():
+        if ranks.is_main:
+            images = validation_images(config, NUM_IMAGES)
+    return ranks.broadcast(images)
 
 
 def _meter(config: Config, plan: Plan, ranks: Ranks, start: Start) -> Meter:

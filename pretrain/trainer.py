@@ -66,7 +66,8 @@ class _LeftError(Exception):
 
 
 class Trainer:
-    """All ranks construct one and call `run`. `tracker` is rank 0's alone, `validation` gives this rank's batches."""
+    """All ranks construct one and call `run`. `tracker` is rank 0's alone, `validation` gives this rank's batches,
+    `figures` draws those of a step and returns their numbers, on all ranks together."""
 
     def __init__(
         self,
@@ -76,6 +77,7 @@ class Trainer:
         engine: Engine,
         batches: TrainBatches,
         validation: Callable[[], Iterable[Batch]] | None,
+        figures: Callable[[int], Mapping[str, float]] | None,
         quarantine: Quarantine,
         meter: Meter,
         run_dir: Path,
@@ -90,6 +92,7 @@ class Trainer:
         self.engine = engine
         self.batches = batches
         self.validation = validation
+        self.figures = figures
         self.quarantine = quarantine
         self.meter = meter
         self.run_dir = run_dir
@@ -131,6 +134,8 @@ class Trainer:
                     bar.update()
                     if self._is_due(self.plan.log_every_steps):
                         self._log(bar)
+                    if self.figures is not None and self._is_due(self.config.train.figures_every_steps):
+                        self._draw(self.figures)
                     improved = self._is_due(self.plan.eval_every_steps) and self._evaluate()
                     due = self._save_agreed or self._is_due(self.plan.save_every_steps)
                     if improved or due or self._stop_agreed:
@@ -183,8 +188,13 @@ class Trainer:
     def _distinct_seen(self) -> int:
         return distinct_seen(self.step, self.plan, self.config.run.seed)
 
-    def _is_due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self.plan.total_steps
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and (self.step % every == 0 or self.step == self.plan.total_steps)
+
+    def _draw(self, figures: Callable[[int], Mapping[str, float]]) -> None:
+        with self._outside_of_speed():
+            self._learn(self._exchange.drain())
+            self._track(figures(self.step))
 
     def _log(self, bar: "tqdm[Any]") -> None:
         self._learn(self._exchange.drain())

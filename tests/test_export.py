@@ -27,10 +27,10 @@ from pretrain.config import ModelConfig
 from pretrain.distributed import joined
 from pretrain.errors import CheckpointError, ExportError
 from pretrain.export import FORMATS, export
-from pretrain.export.images import validation_images
 from pretrain.export.native import load_export
 from pretrain.export.timm_folder import _mlp_ratio
 from pretrain.export.write import Exported, Preprocess, write_export
+from pretrain.images import validation_images
 from pretrain.model import build, parameter_shapes
 from pretrain.shards import shards
 from pretrain.world import World

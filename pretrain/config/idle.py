@@ -60,7 +60,9 @@ def _idle(config: Config) -> Iterator[_Idle]:
         yield _Idle("checkpoint", config.checkpoint, ("failures_per_day",), reason)
     if data.val is None:
         yield _Idle("data", data, ("val_crop",), "there is no data.val")
-        yield _Idle("train", config.train, ("eval_every_steps",), "there is no data.val")
+        yield _Idle(
+            "train", config.train, ("eval_every_steps", "figures_every_steps"), "there is no data.val"
+        )
         yield _Idle("checkpoint", config.checkpoint, ("keep_best",), "there is no data.val")
     objective = config.objective
     if not objective.mixes:

@@ -16,6 +16,7 @@ MAY_CHANGE = (
     "train.micro_batch",
     "train.log_every_steps",
     "train.eval_every_steps",
+    "train.figures_every_steps",
     "engine.zero_stage",
     "engine.checkpoint_every_blocks",
     "engine.timeout_seconds",

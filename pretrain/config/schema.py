@@ -101,6 +101,9 @@ class TrainConfig(Section):
     eval_every_steps: Positive | None = Field(
         None, description="steps between two evaluations; none: only at the end (where there is `data.val`)"
     )
+    figures_every_steps: Positive | None = Field(
+        None, description="steps between two sets of figures, besides those of the end; none: none are drawn"
+    )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:

@@ -167,6 +167,23 @@ class Engine:
                 kinds[kind] = torch.zeros_like(kinds["weight"]) if stored is None else part.of(stored)
             yield part.name, part.start, part.stop, kinds
 
+    def whole(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Some small weights, whole, fp32 on the host, on all ranks. All ranks call it together."""
+        own = [
+            (name, start, kinds["weight"].cpu()) for name, start, _, kinds in self.slices() if name in names
+        ]
+        found = {name: torch.zeros(self.shapes[name]) for name in names}
+        for parts in self.ranks.gather(own):
+            for name, start, part in parts:
+                found[name].view(-1)[start : start + len(part)] = part
+        return found
+
+    @property
+    def model(self) -> VisionTransformer:
+        """The module that DeepSpeed runs; at stage 3 its weights are empty outside of a forward pass."""
+        module: VisionTransformer = self._engine.module
+        return module
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter's whole shape, in the module's order."""

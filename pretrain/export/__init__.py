@@ -38,8 +38,8 @@ def export(run: Path, form: str, which: str, out: Path | None, no_verify: bool) 
     of the checkpoint; where they differ nothing is left behind.
     """
     from pretrain.checkpoint.load import open_weights
-    from pretrain.export.images import validation_images
     from pretrain.export.write import Preprocess, write_export
+    from pretrain.images import validation_images
     from pretrain.lineage import code_facts
 
     if out is None:

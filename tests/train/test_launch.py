@@ -16,7 +16,7 @@ from pretrain.checkpoint import checkpoints
 from pretrain.config import load
 from pretrain.demo import SMOKE, _refuse_orphan
 from pretrain.errors import UserError
-from pretrain.export.images import validation_images
+from pretrain.images import validation_images
 from pretrain.train import UNDER_BATCH_SCRIPT
 
 TORCHRUN = (
