@@ -57,6 +57,15 @@ def test_the_order_benchmark_seeks_on_one_rank_and_on_many() -> None:
         assert row in done.stdout
 
 
+def test_the_checkpoint_benchmark_saves_and_loads() -> None:
+    arguments = ("--size", "Ti", "--worlds", "2", "--stages", "3")
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "checkpoint.py"), *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"│ 2 +│ 3 +│ \d", done.stdout), done.stdout
+
+
 def test_the_benchmark_of_stores_reads_each_byte_once(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
     content = (tmp_path / "a.png").read_bytes()
