@@ -23,6 +23,7 @@ from pretrain.engine import Engine
 from pretrain.logs import log
 from pretrain.metrics import Meter
 from pretrain.optim import lr_at
+from pretrain.profiling import StepProfile
 from pretrain.saving import Saves
 from pretrain.score import Scores, score
 from pretrain.stop import StopFlag
@@ -108,6 +109,7 @@ class Trainer:
         self.best: dict[str, float] = dict(progress.get("best", {}))
         self._saves = Saves(run_dir, config.checkpoint, ranks, quarantine.merge)
         self._exchange = StepExchange(ranks)
+        self._profile = StepProfile(config.profile, ranks, run_dir)
         self._waited = 0.0
         self._owes_score = bool(progress.get("owes_score", False))
         self._stop_agreed = self._save_agreed = self._all_written = False
@@ -145,6 +147,7 @@ class Trainer:
                         self._finish_save()
                     if self._stop_agreed or self.step == self.plan.total_steps:
                         break
+        self._profile.finish()
         finished = self.step >= self.plan.total_steps and not self._owes_score
         if saved_at != self.step:
             self._save(best=False)
@@ -156,11 +159,12 @@ class Trainer:
 
     def _train_step(self, micro_batches: Sequence[Batch]) -> None:
         lr = lr_at(self.step, self.plan)
-        output = self.engine.step(micro_batches, lr)
+        waited, self._waited = self.batches.wait_seconds - self._waited, self.batches.wait_seconds
+        with self._profile.step(self.step + 1, waited):
+            output = self.engine.step(micro_batches, lr, self._profile.timed)
         self.step += 1
         self.skipped_steps += not output.applied
         self._last_step = {"train/lr": lr, "train/grad_norm": output.grad_norm}
-        waited, self._waited = self.batches.wait_seconds - self._waited, self.batches.wait_seconds
         bad = self.quarantine.record(self.batches.take_bad())
         facts = self._exchange.push(
             self.step,

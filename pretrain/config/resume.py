@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "data.read_timeout_seconds",
     "data.max_bad_share",
     "checkpoint",
+    "profile",
     "tracking",
     "run.dir",
     "run.campaign",

@@ -14,6 +14,7 @@ from pretrain.config.model import ModelConfig
 from pretrain.config.section import NonNegative, Positive, Section, one_of
 
 DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
+MOST_PROFILED = 100
 ResizeKernel = Literal["bicubic_antialias", "bicubic", "bilinear", "align_corners"]
 
 
@@ -139,6 +140,21 @@ class EngineConfig(Section):
         return self
 
 
+class ProfileConfig(Section):
+    steps: tuple[Positive, Positive] | None = Field(
+        None,
+        description="first and last step to profile: a trace for each rank and a split of the step; none: none",
+    )
+
+    @model_validator(mode="after")
+    def _few(self) -> Self:
+        if self.steps is not None and not 0 <= self.steps[1] - self.steps[0] < MOST_PROFILED:
+            raise ValueError(
+                f"steps {list(self.steps)} must be first and last, at most {MOST_PROFILED} of them: a step's trace is large"
+            )
+        return self
+
+
 class CheckpointConfig(Section):
     every_steps: Positive | None = Field(
         None, description="steps between two checkpoints; none: by the clock, or only at the end"
@@ -204,5 +220,6 @@ class Config(Section):
     train: TrainConfig
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    profile: ProfileConfig = ProfileConfig()
     init: InitConfig | None = None
     tracking: TrackingConfig = TrackingConfig()

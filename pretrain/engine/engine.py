@@ -32,6 +32,13 @@ Reader = Callable[[str, str, int, int], Tensor]
 """(kind, parameter, start, stop) -> fp32 [stop - start]; kind is `weight` or a state of the optimizer."""
 
 
+Timed = Callable[[str], contextlib.AbstractContextManager[None]]
+
+
+def _untimed(part: str) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
 @dataclass(frozen=True)
 class StepOutput:
     """loss_sum: fp32 scalar on the device, this rank's weighted losses added up; grad_norm: of the whole global
@@ -96,8 +103,11 @@ class Engine:
         )
         return engine, optimizer
 
-    def step(self, micro_batches: Sequence[Batch], lr: float) -> StepOutput:
-        """One optimizer update from this rank's slice of the global batch, as `plan.accumulation` micro-batches."""
+    def step(self, micro_batches: Sequence[Batch], lr: float, timed: Timed = _untimed) -> StepOutput:
+        """One optimizer update from this rank's slice of the global batch, as `plan.accumulation` micro-batches.
+
+        timed: wraps each forward, backward and optimizer part, named so.
+        """
         self._engine.train()
         set_lr(self._optimizer.param_groups, lr)
         loss_sum = torch.zeros((), device=self.ranks.device)
@@ -105,14 +115,17 @@ class Engine:
             (keep, keys), mix = self._draws(batch), self._mix(batch)
             on_device = batch.to(self.ranks.device)
             own_pixels, own_label = (mix.pixels(self.plan.img_size), mix.label) if mix else (None, None)
-            logits = self._engine(on_device.images, keep, keys, own_pixels)
-            losses = self._objective.losses(logits, on_device.labels, own_label)
-            loss = (losses * on_device.weights).sum()
+            with timed("forward"):
+                logits = self._engine(on_device.images, keep, keys, own_pixels)
+                losses = self._objective.losses(logits, on_device.labels, own_label)
+                loss = (losses * on_device.weights).sum()
             loss_sum += loss.detach()
-            self._engine.backward(loss * self.plan.loss_scale, scale_wrt_gas=False)
-            if position == self.plan.accumulation:
-                norm = self._clip_replicated()
-            self._engine.step()
+            with timed("backward"):
+                self._engine.backward(loss * self.plan.loss_scale, scale_wrt_gas=False)
+            with timed("optimizer"):
+                if position == self.plan.accumulation:
+                    norm = self._clip_replicated()
+                self._engine.step()
         if self.plan.zero_stage > 0:
             norm = self._engine.get_global_grad_norm()
             applied = not self._engine.optimizer.overflow
