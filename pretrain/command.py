@@ -45,12 +45,16 @@ def run(command: click.Command, name: str) -> NoReturn:
 
 @contextmanager
 def one_speaker(place: World) -> Iterator[None]:
-    """Let rank 0 alone log to stderr and show errors, also those of other ranks, which it hears of. All ranks."""
+    """Let rank 0 alone log to stderr and show errors, also those of other ranks, which it hears of. All ranks.
+
+    Before the ranks have met it hears of none: then the first process of each machine speaks, since what is wrong there
+    may be right elsewhere.
+    """
     if place.is_main:
         logs.to_stderr()
     try:
         yield
     except UserError as error:
-        if place.is_main:
+        if place.is_main or (place.local_rank == 0 and not error.is_shared):
             raise
         sys.exit(error.exit_code)

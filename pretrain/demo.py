@@ -7,11 +7,13 @@ was interrupted goes on where it stopped. `--smoke` does the same in a minute, o
 
 import hashlib
 import os
+import re
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,8 +85,13 @@ def demo(smoke: bool, data: Path | None) -> None:
 
 
 def _own(images: Path) -> Setting:
-    """A folder of the user's has a demo of its own, which no other folder's is taken for."""
-    return Setting(f"demo-{images.name}-{hashlib.sha256(str(images).encode()).hexdigest()[:6]}", ())
+    """A folder of the user's has a demo of its own, which no other folder's is taken for, nor the same one's after images
+    came or went."""
+    files = sorted(str(path) for path in images.rglob("*") if path.is_file())
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", images.name)
+    return Setting(
+        f"demo-{name}-{hashlib.sha256(chr(0).join([str(images), *files]).encode()).hexdigest()[:6]}", ()
+    )
 
 
 def _shipped(smoke: bool, say: Console) -> tuple[Path, Setting]:
@@ -206,11 +213,23 @@ def _run(say: Console, what: str, *arguments: str, env: dict[str, str] | None = 
         shown = f"python {shown}"
     say.rule(f"[bold]{what}")
     say.print(f"$ {shown}", style="cyan", highlight=False, soft_wrap=True)
-    ended = subprocess.run([sys.executable, *arguments], env=os.environ | (env or {}), check=False)
-    if ended.returncode:
-        raise UserError(
-            f"this step of the demo ended with exit code {ended.returncode}; `make demo` tries it again"
-        )
+    code = _call([sys.executable, *arguments], os.environ | (env or {}))
+    if code:
+        raise UserError(f"this step of the demo ended with exit code {code}; `make demo` tries it again")
+
+
+def _call(command: list[str], env: Mapping[str, str]) -> int:
+    """Run a command to its end, also after a Ctrl-C, which reaches it too: it may have something to save."""
+    interrupt = None
+    with subprocess.Popen(command, env=env) as process:
+        while process.returncode is None:
+            try:
+                process.wait()
+            except KeyboardInterrupt as pressed:
+                interrupt = pressed
+    if interrupt is not None:
+        raise interrupt
+    return process.returncode
 
 
 def _summary(setting: Setting, say: Console, seconds: float) -> None:

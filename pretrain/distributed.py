@@ -122,6 +122,9 @@ def joined(world: World, device: torch.device, timeout_seconds: int) -> Iterator
         ranks = Ranks(world, device, control)
         _refuse_shared_devices(ranks)
         yield ranks
+    except UserError as error:
+        error.is_shared = True
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -129,18 +132,12 @@ def joined(world: World, device: torch.device, timeout_seconds: int) -> Iterator
 def device_of(world: World) -> torch.device:
     """The device of this rank: its own CUDA device where there is one, else the CPU.
 
-    Where the launcher shows each task a single device, that one is number 0 for every local rank. Raises
-    `ConfigError` where there are fewer devices than local ranks.
+    Where the launcher shows each task a single device, that one is number 0 for every local rank. Where there are more
+    ranks than devices they share, which `joined` refuses: only there do all ranks hear of it.
     """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count == 0:
+    if not torch.cuda.is_available():
         return torch.device("cpu")
-    if count > 1 and world.local_rank >= count:
-        raise ConfigError(
-            f"rank {world.rank} is process {world.local_rank + 1} of its machine, which has {count} GPUs; start one "
-            f"process for each GPU, --num_processes {count} (or --nproc_per_node {count})."
-        )
-    return torch.device("cuda", world.local_rank if count > 1 else 0)
+    return torch.device("cuda", world.local_rank % torch.cuda.device_count())
 
 
 def _refuse_shared_devices(ranks: Ranks) -> None:
@@ -151,8 +148,8 @@ def _refuse_shared_devices(ranks: Ranks) -> None:
     sharing = shared(ranks.gather(mine))
     if sharing:
         raise ConfigError(
-            f"ranks {' and '.join(map(str, sharing[0]))} use the same GPU; start one process for each GPU "
-            "(one GPU: plain `python -m pretrain.train`)."
+            f"ranks {' and '.join(map(str, sharing[0]))} use the same GPU; start one process for each GPU, "
+            "--num_processes N or --nproc_per_node N (one GPU: plain `python -m pretrain.train`)."
         )
 
 

@@ -9,6 +9,8 @@ class UserError(Exception):
     """Base of every error that a user can cause and mend."""
 
     exit_code = 2
+    is_shared = False
+    """Whether rank 0 hears of it, and speaks: so of all that fails once the ranks have met."""
 
 
 class ConfigError(UserError):

@@ -92,7 +92,8 @@ def _score(source: "WeightsFile", dataset: "Dataset", batch: int, ranks: "Ranks"
         logits: torch.Tensor = model(samples.images.to(ranks.device))
         return logits
 
-    reading = for_evaluation(source.config, batch, ranks.size)
+    enough = -(-len(dataset) // ranks.size)
+    reading = for_evaluation(source.config, min(batch, enough), ranks.size)
     plan = resolve(reading, ranks.size, facts(dataset, None), detect())
     with EvalLoader(dataset, reading.data, source.model, plan, rank=ranks.rank) as loader:
         shown = tqdm(loader, desc="evaluating", unit="batch", disable=None if ranks.is_main else True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from pretrain.checkpoint import checkpoints
 from pretrain.checkpoint.interval import SaveClock
 from pretrain.checkpoint.layout import LATEST, folder_of, point, step_of
-from pretrain.checkpoint.save import Content, Saver, mark_best, prune
+from pretrain.checkpoint.save import Content, Saver, amend, mark_best, prune
 from pretrain.config import CheckpointConfig
 from pretrain.distributed import Ranks
 
@@ -67,6 +67,15 @@ class Saves:
         self._stalled += now - called
         self._clock.learn(self._stalled)
         return {"perf/save_stall_seconds": self._stalled, "perf/save_seconds": now - self._began}
+
+    def amend(self, content: Content, *, best: bool) -> None:
+        """Give the committed checkpoint of `content.step` the scores that it lacked when it was saved. All ranks."""
+        with self._ranks.together():
+            if self._ranks.is_main:
+                folder = folder_of(self._run_dir, content.step)
+                amend(folder, content.progress, content.metrics)
+                if best:
+                    mark_best(self._run_dir, folder)
 
     def mend_pointers(self, resumed_step: int, best_step: int) -> None:
         """Rank 0, at the start: a kill between a save and its marks left `latest` or `best` at the one before."""

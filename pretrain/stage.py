@@ -32,6 +32,7 @@ from pretrain.metrics import Meter, peak_flops
 from pretrain.model import InitialWeights, forward_flops, num_parameters
 from pretrain.stop import StopFlag
 from pretrain.tracking import Tracker
+from pretrain.tracking.records import Status
 from pretrain.trainer import Outcome, Start, Trainer
 from pretrain.transfer import Transfer, transfer
 
@@ -127,7 +128,8 @@ def run_stage(
         with ranks.together():
             if tracker is not None:
                 _conclude(outcome, directory, tracker)
-                afterwards.callback(tracker.finish, "FINISHED" if outcome.status == "finished" else "KILLED")
+                status: Status = "FINISHED" if outcome.status == "finished" else "KILLED"
+                afterwards.callback(_finish, tracker, status)
     return outcome
 
 
@@ -252,12 +254,13 @@ def _fail(directory: Path, tracker: Tracker, afterwards: ExitStack) -> None:
         _attach(directory, tracker, REPORT)
     except (UserError, OSError) as error:
         log.warning("the end of the run could not be written down: %s", error)
-    afterwards.callback(_finish_failed, tracker)
+    afterwards.callback(_finish, tracker, "FAILED")
 
 
-def _finish_failed(tracker: Tracker) -> None:
+def _finish(tracker: Tracker, status: Status) -> None:
+    """How the run ended is written down by now: what fails here changes nothing in that."""
     try:
-        tracker.finish("FAILED")
+        tracker.finish(status)
     except (UserError, OSError) as error:
         log.warning("the end of the run could not be tracked: %s", error)
 

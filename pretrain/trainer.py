@@ -53,7 +53,8 @@ class Start:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the loop ended, after how many updates; scores on the validation set right after a hand-off, last, best."""
+    """How the loop ended, after how many updates; scores on the validation set right after a hand-off, last, best: the
+    latter two with the step that they are of."""
 
     status: Literal["finished", "interrupted"]
     step: int
@@ -111,7 +112,7 @@ class Trainer:
         self._exchange = StepExchange(ranks)
         self._profile = StepProfile(config.profile, ranks, run_dir)
         self._waited = 0.0
-        self._owes_score = bool(progress.get("owes_score", False))
+        self._owes_score = validation is not None and bool(progress.get("owes_score", False))
         self._stop_agreed = self._save_agreed = self._all_written = False
 
     def run(self) -> Outcome:
@@ -127,7 +128,7 @@ class Trainer:
         elif self._owes_score:
             improved = self._evaluate()
             if not self._owes_score:
-                self._save(best=improved)
+                self._saves.amend(self._content(), best=improved)
         saved_at = self.step
         if self.step < self.plan.total_steps and not self._stop_agreed:
             with self._progress_bar() as bar:
@@ -239,13 +240,14 @@ class Trainer:
             except _LeftError:
                 self._owes_score = self._stop_agreed = True
                 return False
-        self.scores = scores.metrics()
+        metrics = scores.metrics()
+        self.scores = metrics | {"step": self.step}
         if self.step == 0:
-            self.first_scores = self.scores
-        improved = self.step > 0 and self.scores["val/top1"] > self.best.get("val/top1", -1.0)
+            self.first_scores = metrics
+        improved = self.step > 0 and metrics["val/top1"] > self.best.get("val/top1", -1.0)
         if improved:
-            self.best = self.scores | {"step": self.step}
-        self._track(self.scores | ({"val/best_top1": self.best["val/top1"]} if self.best else {}))
+            self.best = self.scores
+        self._track(metrics | ({"val/best_top1": self.best["val/top1"]} if self.best else {}))
         if self.ranks.is_main:
             log.info("step %d: %s%s", self.step, scores, " (best so far)" if improved else "")
         return improved and self.config.checkpoint.keep_best
@@ -293,11 +295,17 @@ class Trainer:
                 "scores": self.scores,
                 "best": self.best,
             },
-            metrics=self.scores,
+            metrics=self._scores_of_this_step(),
             optimizer_steps=self.engine.steps_taken,
             shapes=self.engine.shapes,
             slices=self.engine.slices(),
         )
+
+    def _scores_of_this_step(self) -> dict[str, float]:
+        """A checkpoint between two evaluations has none of its own."""
+        if self.scores.get("step") != self.step:
+            return {}
+        return {name: value for name, value in self.scores.items() if name != "step"}
 
     def _track(self, metrics: Mapping[str, float]) -> None:
         if self.tracker is not None and metrics:

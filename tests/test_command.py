@@ -12,7 +12,9 @@ import pytest
 from launch.slurm import slurm
 from pretrain import command, hardware
 from pretrain.cli import COMMANDS, pretrain
-from pretrain.errors import CheckpointError
+from pretrain.command import one_speaker
+from pretrain.errors import CheckpointError, ConfigError
+from pretrain.world import World
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "deepspeed", "mlflow", "webdataset", "accelerate", "pandas")
@@ -173,3 +175,15 @@ def test_the_hardware_here_is_found() -> None:
     found = hardware.detect()
     assert found.device in ("cpu", "cuda")
     assert found.name
+
+
+def test_before_ranks_have_met_the_first_of_each_machine_speaks_and_then_rank_0_alone() -> None:
+    met = ConfigError("met")
+    met.is_shared = True
+    alone, speaks, silent = ConfigError("alone"), (0, 4), (1, 5)
+    for rank in (*speaks, *silent):
+        place = World(rank, 8, rank % 4, "127.0.0.1", 0, "test")
+        with pytest.raises(ConfigError if rank in speaks else SystemExit), one_speaker(place):
+            raise alone
+        with pytest.raises(ConfigError if rank == 0 else SystemExit), one_speaker(place):
+            raise met

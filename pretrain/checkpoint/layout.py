@@ -91,7 +91,7 @@ def pointer(run_dir: Path, name: str) -> Path | None:
     file = run_dir / FOLDER / name
     if not file.is_file():
         return None
-    target = file.read_text().strip()
+    target = file.read_text(errors="replace").strip()
     folder = run_dir / FOLDER / target
     return folder if _STEP.fullmatch(target) and folder.is_dir() else None
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,12 @@ def _copy(tensor: Tensor) -> Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
+def amend(folder: Path, progress: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    """Rank 0: give a committed checkpoint what was learnt of it since. Its weights stay as they are."""
+    manifest = layout.read_manifest(folder)
+    layout.write_manifest(folder, replace(manifest, progress=progress, metrics=metrics))
+
+
 def mark_best(run_dir: Path, folder: Path) -> None:
     """Rank 0: let `best` name this checkpoint."""
     layout.point(run_dir, layout.BEST, folder)
@@ -168,10 +174,16 @@ def prune(run_dir: Path, keep: int, step: int) -> None:
 
 def _remove(folder: Path) -> None:
     """Delete a checkpoint so that a kill half-way leaves nothing that looks like one."""
+    shutil.rmtree(
+        _set_aside(folder), ignore_errors=True
+    )  # what somebody holds open goes with a later `prune`
+
+
+def _set_aside(folder: Path) -> Path:
     doomed = folder.with_name(folder.name + ".old")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)  # what somebody holds open goes with a later `prune`
+    return doomed
 
 
 _Receipt = tuple[str, int, str, list[tuple[str, int, int]]]
@@ -222,8 +234,9 @@ def _manifest(content: Content, receipts: list[_Receipt], world_size: int) -> Ma
 
 def _commit(aside: Path, folder: Path, manifest: Manifest) -> None:
     layout.write_manifest(aside, manifest)
-    if folder.exists():  # a damaged one that this run fell back from
-        _remove(folder)
+    doomed = _set_aside(folder) if folder.exists() else None  # a damaged one that this run fell back from
     aside.rename(folder)
+    if doomed is not None:
+        shutil.rmtree(doomed, ignore_errors=True)
     layout.sync_folder(folder.parent)
     layout.point(folder.parent.parent, layout.LATEST, folder)

@@ -20,6 +20,9 @@ SERVER_GRACE_SECONDS = 8.0
 FILE_GRACE_SECONDS = 60.0
 """An embedded store answers for sure, but the first run has to create it."""
 
+WAIT_SECONDS = 20.0
+"""Most that a run waits at its end: launchers kill a process 30 s after they wanted it gone."""
+
 
 class Tracker:
     """Tracking of one attempt at a run. Rank 0 only: the caller decides, other ranks make none.
@@ -103,15 +106,15 @@ class Tracker:
 
     def finish(self, status: Status) -> None:
         """Close the journal and give the drainer some seconds; say so if something is left undelivered. Only the
-        first call counts."""
+        first call counts. After a failure nobody waits: the drainer goes on by itself for a while."""
         if self._finished:
             return
         self._finished = True
         self._journal.close(status)
-        if self._drainer is None:
+        if self._drainer is None or status == "FAILED":
             return
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._drainer.wait(self._grace + 1.0)
+            self._drainer.wait(min(self._grace + 1.0, WAIT_SECONDS))
         reason = self._trouble() or "no time left"
         if self._drainer.poll() is None:
             self._drainer.kill()

@@ -142,6 +142,28 @@ def test_a_second_stage_of_the_demo_is_not_shown_without_its_first(
     _refuse_orphan(SMOKE)
 
 
+SLOW_TO_SAVE = """
+import pathlib, signal, sys, time
+from pretrain.demo import _call
+child = "import signal, time; signal.signal(2, lambda *_: (time.sleep(1), open('saved', 'w').close(), exit(75))); print(1, flush=True); time.sleep(60)"
+_call([sys.executable, "-c", child], {})
+"""
+
+
+def test_ctrl_c_in_the_demo_leaves_the_training_the_time_to_save(tmp_path: Path) -> None:
+    """A terminal sends it to both."""
+    demo = subprocess.Popen(
+        [sys.executable, "-c", SLOW_TO_SAVE], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert demo.stdout is not None
+    assert demo.stdout.readline() == b"1\n"
+    os.killpg(demo.pid, signal.SIGINT)
+    _, words = demo.communicate(timeout=60)
+    assert (tmp_path / "saved").is_file()
+    assert b"KeyboardInterrupt" in words
+
+
 def test_the_demo_in_its_smoke_mode(tmp_path: Path) -> None:
     """`accelerate launch` with two processes, hand-off, evaluation and export, by the script that users run."""
     clone = Path(__file__).parents[2]

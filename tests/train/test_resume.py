@@ -7,6 +7,7 @@ import shutil
 import signal
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from ranks import RankError, Ranks, on_ranks
 
 from pretrain.checkpoint import checkpoints, read_manifest
+from pretrain.checkpoint.layout import step_of
 from pretrain.checkpoint.load import open_weights
 from pretrain.config import Config, TrainSourceConfig, resolve
 from pretrain.data import facts, open_dataset, open_training
@@ -63,14 +65,14 @@ class StopAfter(StopFlag):
         return self.asked >= self.step
 
 
-def train(ranks: Ranks, cfg: Config, stop_after: int = 10**9) -> tuple[str, int]:
+def train(ranks: Ranks, cfg: Config, stop_after: int = 10**9, allow: tuple[str, ...] = ()) -> tuple[str, int]:
     run = Path(cfg.run.dir)
     (run / "logs").mkdir(parents=True, exist_ok=True)
     torch.manual_seed(os.getpid())  # no result may hang on a generator's state, which a restart would lose
     # Only one rank hears the signal: the others must learn of it.
     flag = StopAfter(stop_after) if ranks.rank == ranks.size - 1 else StopFlag()
     with ExitStack() as afterwards:
-        outcome = run_stage(cfg, ranks, run, run / "logs" / f"rank_{ranks.rank}.log", flag, afterwards)
+        outcome = run_stage(cfg, ranks, run, run / "logs" / f"rank_{ranks.rank}.log", flag, afterwards, allow)
     return outcome.status, outcome.step
 
 
@@ -220,12 +222,36 @@ def test_a_signal_in_an_evaluation_ends_it_and_its_score_is_made_up_for(digits: 
     ends = on_ranks(2, many, jobs)[0]
     assert ends == [("finished", TOTAL), ("interrupted", 6), ("interrupted", TOTAL)]
     assert ("val/loss", 6) not in journal(tmp_path / f"stopped_{in_the_middle}")
+    weights = {
+        name: at for name, at in files_of(Path(stopped[1].run.dir)).items() if name.endswith("safetensors")
+    }
     assert on_ranks(2, many, [(cfg, 10**9) for cfg in stopped])[0] == [("finished", TOTAL)] * 2
+    assert weights.items() <= files_of(Path(stopped[1].run.dir)).items(), (
+        "weights are not written again for a score"
+    )
     for cfg in stopped:
         assert journal(Path(cfg.run.dir)) == journal(tmp_path / "golden")
         for name, value in final(tmp_path / "golden").items():
             assert torch.equal(final(Path(cfg.run.dir))[name], value)
         assert read_status(Path(cfg.run.dir))["scores"] == read_status(tmp_path / "golden")["scores"]
+
+
+def test_a_score_that_is_owed_and_can_no_longer_be_made_up_for_does_not_hold_up_the_run(
+    digits: Path, tmp_path: Path
+) -> None:
+    cfg = config(tmp_path / "run", digits)
+    assert on_ranks(1, train, cfg, 8) == [("interrupted", 6)]
+    without = cfg.model_copy(update={"data": cfg.data.model_copy(update={"val": None})})
+    allowed = partial(train, allow=("data.val",))
+    assert on_ranks(1, allowed, without) == [("finished", TOTAL)]
+
+
+def test_a_checkpoint_between_two_evaluations_has_no_score(digits: Path, tmp_path: Path) -> None:
+    cfg = config(tmp_path / "run", digits, checkpoint={"every_steps": 5, "keep": 9})
+    on_ranks(1, train, cfg)
+    scored = {step_of(folder): set(read_manifest(folder).metrics) for folder in checkpoints(tmp_path / "run")}
+    names = {"val/loss", "val/top1", "val/top5"}
+    assert scored == {5: set(), 6: names, 10: set(), 12: names}
 
 
 def test_shards_may_move_within_a_run(digits: Path, tmp_path: Path) -> None:
@@ -266,9 +292,15 @@ def test_ranks_that_resolve_different_plans_stop_together() -> None:
 def test_a_finished_run_started_again_changes_nothing(digits: Path, tmp_path: Path) -> None:
     cfg = config(tmp_path / "run", digits)
     on_ranks(1, train, cfg)
-    before = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    before = files_of(tmp_path / "run")
     assert on_ranks(1, train, cfg) == [("finished", TOTAL)]
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == before
+    assert files_of(tmp_path / "run") == before
+
+
+def files_of(run: Path) -> dict[str, tuple[int, int]]:
+    """Of every file of its checkpoints, which one it is and when it was written; pointers are set at each start."""
+    found = (run / "checkpoints").glob("step_*/*")
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
 
 
 def test_a_kill_between_the_last_save_and_its_pointer_is_mended_by_the_same_command(
