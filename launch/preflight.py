@@ -63,12 +63,18 @@ def preflight(config: Path, seconds: int) -> None:
 def _see_shards(config: Config) -> None:
     """Open what the training will, and read a little of it."""
     from pretrain.data import open_dataset, open_training
+    from pretrain.data.store import Stores
+    from pretrain.data.urls import is_remote
 
-    datasets = [open_training(config.data.train)]
+    seconds = config.data.read_timeout_seconds
+    datasets = [open_training(config.data.train, seconds)]
     if config.data.val is not None:
-        datasets.append(open_dataset(config.data.val.shards))
-    for dataset in datasets:
-        with Path(dataset.paths[0]).open("rb") as file:
+        datasets.append(open_dataset(config.data.val.shards, seconds))
+    for path in {dataset.paths[0] for dataset in datasets}:
+        if is_remote(path):
+            Stores(seconds).read(path, 0, 512)
+            continue
+        with Path(path).open("rb") as file:
             file.read(512)
 
 

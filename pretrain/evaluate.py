@@ -66,7 +66,8 @@ def _evaluate(
                     f"the config of {run} names no data.val; say what to evaluate on with --shards"
                 )
             if ranks.is_main:
-                opened = open_dataset(shards or val.shards)  # type: ignore[union-attr]
+                seconds = source.config.data.read_timeout_seconds
+                opened = open_dataset(shards or val.shards, seconds)  # type: ignore[union-attr]
                 opened.require_classes(source.model.num_classes)
         dataset = ranks.broadcast(opened)
         facts = {"checkpoint": str(source.path), "step": source.step, "digest": dataset.digest}

@@ -101,12 +101,13 @@ def _this_machine() -> Hardware:
 
 def _resolve(config: Config, world_size: int, hardware: Hardware) -> tuple[Plan, str]:
     """The plan, and what reading the data set will take."""
-    from pretrain.data import facts, open_dataset, open_training
+    from pretrain.data import check_labels, facts, open_dataset, open_training
     from pretrain.data.reader import reading
 
-    train = open_training(config.data.train)
-    train.require_classes(config.model.num_classes)
-    val = open_dataset(config.data.val.shards) if config.data.val else None
+    seconds = config.data.read_timeout_seconds
+    train = open_training(config.data.train, seconds)
+    check_labels(train, config.data, config.model.num_classes)
+    val = open_dataset(config.data.val.shards, seconds) if config.data.val else None
     if val is not None:
         val.require_classes(config.model.num_classes)
     plan = resolve(config, world_size, facts(train, val), hardware)

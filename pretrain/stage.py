@@ -17,7 +17,7 @@ from pretrain.checkpoint.load import Slices, WeightsFile, newest_valid, open_wei
 from pretrain.config import Config, InitConfig, Plan, resolve
 from pretrain.config.idle import idle_settings
 from pretrain.config.resume import adapted, changed_keys, changed_numbers, flatten
-from pretrain.data import Dataset, facts, open_dataset, open_training
+from pretrain.data import Dataset, check_labels, facts, open_dataset, open_training
 from pretrain.data.loader import EvalLoader, TrainLoader
 from pretrain.data.quarantine import REPORT, Quarantine
 from pretrain.data.state import check_continues, data_state
@@ -144,11 +144,12 @@ def _open_data(config: Config, ranks: Ranks) -> Data:
 
 def _open_here(config: Config) -> Data:
     """Open the data sets from their manifests and see that the labels fit the model."""
-    train = open_training(config.data.train)
-    val = None if config.data.val is None else open_dataset(config.data.val.shards)
-    for dataset in (train, val):
-        if dataset is not None:
-            dataset.require_classes(config.model.num_classes)
+    seconds = config.data.read_timeout_seconds
+    train = open_training(config.data.train, seconds)
+    check_labels(train, config.data, config.model.num_classes)
+    val = None if config.data.val is None else open_dataset(config.data.val.shards, seconds)
+    if val is not None:
+        val.require_classes(config.model.num_classes)
     return Data(train, val)
 
 

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from pretrain.config.plan import DataFacts
-from pretrain.data.contact import indexed
+from pretrain.data.contact import indexed, indexed_objects
 from pretrain.data.index import SUFFIX, remedy
 from pretrain.data.manifest import (
     NAME,
@@ -20,7 +21,7 @@ from pretrain.data.manifest import (
     parse_manifest,
     read_manifest,
 )
-from pretrain.data.store import NoSuchObjectError, Stores
+from pretrain.data.store import TIMEOUT_SECONDS, NoSuchObjectError, Stores
 from pretrain.data.urls import check_source, expand, folder_of, is_remote, name_of, some
 from pretrain.draws import IntArray
 from pretrain.errors import DataError
@@ -34,6 +35,7 @@ class Dataset:
     """paths: where each shard lies; shards: what the manifest says of it; labels: lowest and highest.
 
     source_shards: where several sources were put together (`data.sources`), the number of shards of each.
+    indexes: where the index of each shard lies; empty where all lie beside their shards.
     """
 
     source: str
@@ -42,6 +44,7 @@ class Dataset:
     labels: tuple[int, int]
     class_names: tuple[str, ...] | None
     source_shards: tuple[int, ...] = ()
+    indexes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -61,6 +64,10 @@ class Dataset:
         """Samples of each of `source_shards`: int64."""
         samples: IntArray = np.diff(self.starts[np.cumsum([0, *self.source_shards])])
         return samples
+
+    def index_of(self, shard: int) -> str:
+        """Path or URL."""
+        return self.indexes[shard] if self.indexes else self.paths[shard] + SUFFIX
 
     @cached_property
     def num_bytes(self) -> int:
@@ -88,35 +95,50 @@ class Dataset:
             )
 
 
-def open_dataset(source: str) -> Dataset:
+class _Place(NamedTuple):
+    """A folder of tars, the folder of their indexes, and what speaks for both."""
+
+    tars: str
+    indexes: str
+    manifest: Manifest
+
+
+def open_dataset(source: str, timeout_seconds: float = TIMEOUT_SECONDS) -> Dataset:
     """Open a folder of shards (all of its manifest), or a brace pattern of tars such as `dir/a-{000..099}.tar`.
 
     A folder is a path or a URL (`data.urls`). Of a remote one the manifest alone is read; each shard and its index are
-    held against it when they are first read. A local folder of a few tars without a manifest is indexed
-    (`data.contact`). Raises `DataError` for anything else, for shards without a manifest or
-    not in it, and for local shards or indexes that are missing or of another size than the manifest says.
+    held against it when they are first read. A few tars without a manifest are indexed, wherever they lie
+    (`data.contact`). timeout_seconds: of one read from a store. Raises `DataError` for anything else, for shards
+    without a manifest or not in it, and for local shards or indexes that are missing or of another size than the
+    manifest says.
 
     On a cluster one process opens and the others are told: to look at every shard is cheap once, not 4,096 times.
     """
     check_source(source)
+    stores = Stores(timeout_seconds)
     if Path(source).is_dir() or not source.strip().endswith(".tar"):
-        folder = _manifested(source.rstrip("/") if is_remote(source) else str(Path(source)))
-        manifests = {folder: _read_manifest(folder)}
-        shards = manifests[folder].shards
-        paths = [f"{folder}/{shard.name}" for shard in shards]
+        folder = source.rstrip("/") if is_remote(source) else str(Path(source))
+        places = {folder: _placed(folder, None, stores)}
+        shards = places[folder].manifest.shards
+        where = [(places[folder], shard.name) for shard in shards]
     else:
-        paths = expand(source)
-        places = {folder: _manifested(folder) for folder in dict.fromkeys(map(folder_of, paths))}
-        paths = [f"{places[folder_of(path)]}/{name_of(path)}" for path in paths]
-        manifests = {folder: _read_manifest(folder) for folder in dict.fromkeys(map(folder_of, paths))}
-        shards = _listed(paths, manifests)
+        names: dict[str, list[str]] = {}
+        for path in (paths := expand(source)):
+            names.setdefault(folder_of(path), []).append(name_of(path))
+        places = {folder: _placed(folder, found, stores) for folder, found in names.items()}
+        shards = _listed(paths, {folder: place.manifest for folder, place in places.items()})
+        where = [(places[folder_of(path)], name_of(path)) for path in paths]
+    paths = [f"{place.tars}/{name}" for place, name in where]
     _check_files([(path, shard) for path, shard in zip(paths, shards, strict=True) if not is_remote(path)])
+    elsewhere = any(place.tars != place.indexes for place in places.values())
+    manifests = [place.manifest for place in places.values()]
     return Dataset(
         source,
         tuple(paths),
         tuple(shards),
-        (min(m.min_label for m in manifests.values()), max(m.max_label for m in manifests.values())),
-        _class_names(list(manifests.values())),
+        (min(m.min_label for m in manifests), max(m.max_label for m in manifests)),
+        _class_names(manifests),
+        indexes=tuple(f"{place.indexes}/{name}{SUFFIX}" for place, name in where) if elsewhere else (),
     )
 
 
@@ -133,19 +155,17 @@ def facts(train: Dataset, val: Dataset | None) -> DataFacts:
     )
 
 
-def _manifested(folder: str) -> str:
-    """The folder whose manifest speaks for the shards in `folder`; makes one for a few tars that have none."""
-    return folder if is_remote(folder) else str(indexed(Path(folder)))
-
-
-def _read_manifest(folder: str) -> Manifest:
+def _placed(folder: str, names: list[str] | None, stores: Stores) -> _Place:
+    """Where tars of a folder, those of `names` or all, and their indexes lie; makes a manifest for a few without one."""
     if not is_remote(folder):
-        return read_manifest(Path(folder))
+        place = indexed(Path(folder))
+        return _Place(str(place), str(place), read_manifest(place))
     try:
-        content = Stores().read_whole(f"{folder}/{NAME}", MAX_MANIFEST_BYTES)
-    except NoSuchObjectError as error:
-        raise DataError(f"{error}\n  {remedy(folder)}") from None
-    return parse_manifest(content, folder)
+        content = stores.read_whole(f"{folder}/{NAME}", MAX_MANIFEST_BYTES)
+    except NoSuchObjectError:
+        place = indexed_objects(stores, folder, names)
+        return _Place(folder, str(place), read_manifest(place))
+    return _Place(folder, folder, parse_manifest(content, folder))
 
 
 def _listed(paths: list[str], manifests: dict[str, Manifest]) -> list[Shard]:

@@ -66,9 +66,10 @@ def index_bytes(samples: int) -> int:
 def remedy(folder: Path | str) -> str:
     """What to do about a missing or wrong index or manifest."""
     if is_remote(str(folder)):
+        tars = f"'{folder}/NAME-{{000..099}}.tar'" if str(folder).startswith("http") else folder
         return (
-            "Run `pretrain shards index FOLDER` where the shards lie as files, and copy its .idx files and\n"
-            f"  manifest.json to {folder}."
+            f"Run `pretrain shards index {tars} --out FOLDER`, in parallel and from where it was stopped,\n"
+            f"  and copy the .idx files and manifest.json of FOLDER to {folder}."
         )
     return f"Run `pretrain shards index {folder}`."
 

@@ -102,20 +102,22 @@ class Quarantine:
 
     def allows(self, bad: int, seen: int) -> bool:
         """Whether training may go on with `bad` bad samples among `seen`, both distinct."""
-        return bad <= self._allowed(seen)
+        return bad <= allowed(self._max_share, seen)
 
     def check(self, bad: int, seen: int) -> None:
         """Raise `DataError` where training may not go on."""
         if not self.allows(bad, seen):
             raise DataError(
                 f"{bad:,} of the {seen:,} samples seen so far are bad; "
-                f"data.max_bad_share {self._max_share:g} allows {self._allowed(seen):,}\n"
+                f"data.max_bad_share {self._max_share:g} allows {allowed(self._max_share, seen):,}\n"
                 f"  {self.report} names each with its reason. Mend the shards and begin another run with init.from,\n"
                 "  or raise data.max_bad_share and start again: this run goes on from its last checkpoint."
             )
 
-    def _allowed(self, seen: int) -> int:
-        return max(FLOOR, int(self._max_share * seen)) if self._max_share > 0 else 0
+
+def allowed(max_share: float, seen: int) -> int:
+    """How many of `seen` distinct samples may be bad."""
+    return max(FLOOR, int(max_share * seen)) if max_share > 0 else 0
 
 
 def _line(bad: BadSample) -> str:

@@ -91,7 +91,7 @@ class _OpenShard:
 
     def __init__(self, path: Path, stated: Shard) -> None:
         self._path = path
-        self._index = _load_index(path, stated)
+        self._index = load_index(index_path(path), stated)
         self._start = self._index.table["offset"].astype(np.int64) * BLOCK
         self._length = self._index.table["length"]
         try:
@@ -160,15 +160,27 @@ class _OpenShard:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _load_index(path: Path, stated: Shard) -> ShardIndex:
-    """The index of a shard, if it is the one that the manifest names and is of the tar that lies there."""
-    file = index_path(path)
-    try:
-        with file.open("rb") as opened:  # one byte more than it should have: enough to refuse what is larger
-            content = opened.read(index_bytes(stated.samples) + 1)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}\n  {remedy(path.parent)}") from None
-    return checked_index(content, str(file), stated)
+def load_index(file: Path, stated: Shard) -> ShardIndex:
+    """The index in a file, if it is the one that the manifest names; else what another read finds, past the system's
+    copy in memory, as for samples."""
+    limit = (
+        index_bytes(stated.samples) + 1
+    )  # one byte more than it should have: enough to refuse what is larger
+    for attempt in range(REREADS + 1):
+        try:
+            with file.open("rb") as opened:
+                if attempt:
+                    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                content = opened.read(limit)
+            return checked_index(content, str(file), stated)
+        except (OSError, DataError) as error:
+            failure = error
+            if isinstance(error, FileNotFoundError | PermissionError) or attempt == REREADS:
+                break
+            log.warning("%s; reading it again", str(error).partition("\n")[0])
+    if isinstance(failure, OSError):
+        raise DataError(f"{file}: cannot be read: {failure.strerror}\n  {remedy(file.parent)}") from None
+    raise failure
 
 
 def checked_index(content: bytes, file: str, stated: Shard) -> ShardIndex:

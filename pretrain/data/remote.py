@@ -23,9 +23,9 @@ from pretrain.config import DataConfig
 from pretrain.data.blocks import Blocks
 from pretrain.data.cache import NodeCache
 from pretrain.data.dataset import Dataset
-from pretrain.data.index import BLOCK, SUFFIX, ShardIndex, index_bytes, remedy
+from pretrain.data.index import BLOCK, ShardIndex, index_bytes, remedy
 from pretrain.data.manifest import Shard
-from pretrain.data.read import MAX_OPEN, LocalReader, checked_index
+from pretrain.data.read import MAX_OPEN, LocalReader, checked_index, load_index
 from pretrain.data.store import Stores, Version
 from pretrain.data.tar import Sample, parse_sample
 from pretrain.data.urls import folder_of, is_remote
@@ -173,8 +173,9 @@ class RemoteReader:
         with self._lock:
             shard = self._shards.get(number)
             if shard is None:
+                paths = self._dataset.paths[number], self._dataset.index_of(number)
                 shard = self._shards[number] = _Shard(
-                    self._dataset.paths[number], self._dataset.shards[number], self._stores, self._cache
+                    *paths, self._dataset.shards[number], self._stores, self._cache
                 )
                 if len(self._shards) > MAX_OPEN:
                     del self._shards[next(iter(self._shards))]
@@ -185,8 +186,10 @@ class RemoteReader:
 class _Shard:
     """One shard in a store: its index, fetched once, and the version of the tar that its first read met."""
 
-    def __init__(self, url: str, stated: Shard, stores: Stores, cache: NodeCache | None) -> None:
-        self._url, self._stated, self._stores, self._cache = url, stated, stores, cache
+    def __init__(self, url: str, index: str, stated: Shard, stores: Stores, cache: NodeCache | None) -> None:
+        """index: its path or URL."""
+        self._url, self._index_at, self._stated = url, index, stated
+        self._stores, self._cache = stores, cache
         self._lock = threading.Lock()
         self._index: ShardIndex | None = None
         self._version: Version | None = None
@@ -238,22 +241,34 @@ class _Shard:
 
     def _load_index(self) -> ShardIndex:
         """From the cache or the store; what the cache has is held against the manifest once more."""
+        if not is_remote(self._index_at):
+            return self._made_at_first_contact()
         if self._cache is None:
-            return checked_index(self._fetch_index(), self._url + SUFFIX, self._stated)
+            return checked_index(self._fetch_index(), self._index_at, self._stated)
         size = index_bytes(self._stated.samples)
         key = hashlib.sha256(f"index {self._stated.index_sha256}".encode()).hexdigest()
         content = self._cache.piece(key, size, self._fetch_index).read(0, size)
         try:
-            return checked_index(content, self._url + SUFFIX, self._stated)
+            return checked_index(content, self._index_at, self._stated)
         except DataError as error:
             log.warning("in the cache, %s; fetching it again", str(error).partition("\n")[0])
         self._cache.drop(key)
         content = self._cache.piece(key, size, self._fetch_index).read(0, size)
-        return checked_index(content, self._url + SUFFIX, self._stated)
+        return checked_index(content, self._index_at, self._stated)
+
+    def _made_at_first_contact(self) -> ShardIndex:
+        try:
+            return load_index(Path(self._index_at), self._stated)
+        except DataError as error:
+            raise DataError(
+                f"{str(error).partition(chr(10))[0]}\n"
+                f"  It was made when {self._url} was first met. Set XDG_CACHE_HOME to a folder that all nodes see, or put\n"
+                f"  the indexes beside the tars: {remedy(folder_of(self._url))}"
+            ) from None
 
     def _fetch_index(self) -> bytes:
         """The index that the manifest names, fetched again a few times where another arrives."""
-        url = self._url + SUFFIX
+        url = self._index_at
         for attempt in range(1, TRIES + 1):
             content = self._stores.read_whole(url, index_bytes(self._stated.samples) + _OTHER_FORMAT)
             try:

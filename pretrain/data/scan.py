@@ -1,19 +1,27 @@
-"""From a folder of tars to its manifest, with an index beside each tar. A tar that has not changed is not read again."""
+"""From tars to their manifest, with an index for each. A tar that has not changed is not read again.
+
+Of a folder, the indexes lie beside the tars; of tars in a store, in a folder that was made for just these (`contact`).
+"""
 
 import hashlib
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from pretrain.data.index import ShardIndex, index_path, parse_index
+from pretrain.data.index import SUFFIX, ShardIndex, index_path, parse_index
 from pretrain.data.manifest import NAME, Manifest, Shard, read_manifest
+from pretrain.data.object_tar import ObjectTar
 from pretrain.data.pool import Advance, run
-from pretrain.data.walk import scan
+from pretrain.data.store import Stores
+from pretrain.data.walk import scan, scan_tar
 from pretrain.errors import DataError
 from pretrain.logs import log
 
 _SHOWN = 10
+
+J = TypeVar("J")
 
 
 class Indexed(NamedTuple):
@@ -21,6 +29,18 @@ class Indexed(NamedTuple):
 
     shard: Shard
     labels: tuple[int, int]
+
+
+class ObjectJob(NamedTuple):
+    """A tar in a store; place: the folder of its index. A job."""
+
+    url: str
+    size: int
+    place: Path
+    timeout_seconds: float
+
+    def __str__(self) -> str:
+        return self.url
 
 
 class _Tar(NamedTuple):
@@ -49,22 +69,54 @@ def index_folder(
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise DataError(f"{folder}: there is no .tar file in this folder")
+    jobs = [_Tar(tar, verify) for tar in tars]
+    found = _index_all(_index_if_needed, jobs, list(map(str, tars)), workers, lambda n: on_shard(tars[n]))
+    try:
+        return write_manifest(folder, found, class_names)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be indexed: {error}") from None
+
+
+def index_objects(
+    place: Path,
+    tars: list[ObjectJob],
+    on_shard: Callable[[str], object] = lambda _: None,
+    *,
+    workers: int = 1,
+) -> Manifest:
+    """Write the indexes of tars in a store, and their manifest, to `place`, in the order given. Returns the manifest.
+
+    A tar that has an index there is not read again: `place` is of these very objects. Raises as `index_folder` does.
+    """
+    urls = [tar.url for tar in tars]
+    found = _index_all(_index_object_if_needed, tars, urls, workers, lambda n: on_shard(urls[n]))
+    try:
+        return write_manifest(place, found, None)
+    except OSError as error:
+        raise DataError(f"{place}: cannot be written: {error}") from None
+
+
+def _index_all(
+    task: Callable[[J, Advance], Indexed],
+    jobs: list[J],
+    names: list[str],
+    workers: int,
+    on_shard: Callable[[int], object],
+) -> list[Indexed]:
+    """What became of each job, in their order; raises `DataError` naming all that failed, when all have ended."""
     indexed: dict[int, Indexed] = {}
     bad: dict[int, str] = {}
-    for outcome in run(_index_if_needed, [_Tar(tar, verify) for tar in tars], workers):
+    for outcome in run(task, jobs, workers):
         if outcome.error is None:
             indexed[outcome.number] = outcome.result()
         elif isinstance(outcome.error, OSError):
-            bad[outcome.number] = f"{tars[outcome.number]}: cannot be indexed: {outcome.error}"
+            bad[outcome.number] = f"{names[outcome.number]}: cannot be indexed: {outcome.error}"
         else:
             bad[outcome.number] = str(outcome.error)
-        on_shard(tars[outcome.number])
+        on_shard(outcome.number)
     if bad:
-        raise DataError(_all_bad([bad[number] for number in sorted(bad)], len(tars)))
-    try:
-        return write_manifest(folder, (indexed[number] for number in range(len(tars))), class_names)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be indexed: {error}") from None
+        raise DataError(_all_bad([bad[number] for number in sorted(bad)], len(jobs)))
+    return [indexed[number] for number in range(len(jobs))]
 
 
 def index_tar(tar: Path) -> Indexed:
@@ -72,7 +124,7 @@ def index_tar(tar: Path) -> Indexed:
     index = scan(tar)
     content = index.to_bytes()
     write_aside(index_path(tar), content)
-    return _indexed(tar, index, content)
+    return _indexed(tar.name, index, content)
 
 
 def write_manifest(folder: Path, shards: Iterable[Indexed], class_names: list[str] | None) -> Manifest:
@@ -122,12 +174,27 @@ def _unchanged(tar: Path) -> Indexed | None:
     # In the same tick of the clock the tar may have changed after its index was written.
     if index.tar_bytes != changed.st_size or written <= changed.st_mtime_ns:
         return None
-    return _indexed(tar, index, content)
+    return _indexed(tar.name, index, content)
 
 
-def _indexed(tar: Path, index: ShardIndex, content: bytes) -> Indexed:
+def _index_object_if_needed(tar: ObjectJob, advance: Advance) -> Indexed:
+    name = tar.url.rpartition("/")[2]
+    file = tar.place / (name + SUFFIX)
+    with suppress(OSError, DataError):
+        content = file.read_bytes()
+        index = parse_index(content, file)
+        if index.tar_bytes == tar.size:
+            return _indexed(name, index, content)
+    with ObjectTar(Stores(tar.timeout_seconds), tar.url, tar.size) as opened:
+        index = scan_tar(opened)
+    content = index.to_bytes()
+    write_aside(file, content)
+    return _indexed(name, index, content)
+
+
+def _indexed(name: str, index: ShardIndex, content: bytes) -> Indexed:
     shard = Shard(
-        name=tar.name,
+        name=name,
         samples=len(index.table),
         bytes=index.tar_bytes,
         sha256=index.tar_sha256,

@@ -4,15 +4,16 @@ from collections import Counter
 
 from pretrain.config import TrainSourceConfig
 from pretrain.data.dataset import Dataset, open_dataset
+from pretrain.data.store import TIMEOUT_SECONDS
 from pretrain.errors import DataError
 
 
-def open_training(config: TrainSourceConfig) -> Dataset:
+def open_training(config: TrainSourceConfig, timeout_seconds: float = TIMEOUT_SECONDS) -> Dataset:
     """What the config trains on. Of a mixture: all shards of the first source, then of the second, and so on.
 
     Raises `DataError` as `open_dataset` does, and where sources name their classes differently or share a shard.
     """
-    opened = [open_dataset(pattern) for pattern in config.patterns]
+    opened = [open_dataset(pattern, timeout_seconds) for pattern in config.patterns]
     if len(opened) == 1:
         return opened[0]
     _require_one_label_space(config.names, opened)
@@ -29,6 +30,9 @@ def open_training(config: TrainSourceConfig) -> Dataset:
         labels=(min(d.labels[0] for d in opened), max(d.labels[1] for d in opened)),
         class_names=opened[0].class_names,
         source_shards=tuple(len(dataset.shards) for dataset in opened),
+        indexes=tuple(d.index_of(i) for d in opened for i in range(len(d.paths)))
+        if any(d.indexes for d in opened)
+        else (),
     )
 
 

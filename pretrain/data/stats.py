@@ -14,6 +14,9 @@ from pretrain.data.raw import opened
 from pretrain.data.tar import parse_sample
 from pretrain.errors import DataError
 
+MOST_CLASSES = 2**20
+"""That are counted where the manifest does not name them: a stray label may be anything."""
+
 _FIELDS = np.dtype([("label", "<i8"), ("width", "<i8"), ("height", "<i8"), ("bytes", "<i8")])
 
 
@@ -54,7 +57,13 @@ class Stats:
     @property
     def per_class(self) -> npt.NDArray[np.int64]:
         """Images of each class among those looked at: [classes]."""
-        return np.bincount(self.seen.table["label"], minlength=self.num_classes)
+        labels = self.seen.table["label"]
+        return np.bincount(labels[labels < self.num_classes], minlength=self.num_classes)
+
+    @property
+    def beyond(self) -> int:
+        """Images among those looked at whose label is none of the classes."""
+        return int((self.seen.table["label"] >= self.num_classes).sum())
 
     def name(self, label: int) -> str:
         return self.class_names[label] if self.class_names else str(label)
@@ -89,7 +98,7 @@ def describe_folder(
         raise DataError(
             f"{folder}: none of {count:,} samples has an image; `pretrain shards verify` says why"
         )
-    num_classes = max(manifest.max_label + 1, len(manifest.class_names or ()))
+    num_classes = len(manifest.class_names or ()) or min(manifest.max_label + 1, MOST_CLASSES)
     return Stats(
         manifest.samples, len(manifest.shards), manifest.bytes, count, manifest.class_names, num_classes, seen
     )

@@ -11,9 +11,12 @@ import re
 import threading
 import time
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from pretrain.errors import DataError
 from pretrain.logs import log
@@ -27,6 +30,8 @@ STALL_SECONDS = 10.0
 """Silence after which a connection is given up; a read may end this much after its deadline."""
 FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 10.0
+
+T = TypeVar("T")
 
 _STATUS = re.compile(r"status code: (\d{3}) ([A-Za-z -]*)")
 _TRANSIENT_CLIENT_ERRORS = (408, 425, 429)
@@ -58,6 +63,7 @@ class _Read:
     stop: int | None
     limit: int
     version: Version | None
+    deadline: float = 0.0
     data: bytearray = field(default_factory=bytearray)
 
 
@@ -70,7 +76,7 @@ class Stores:
 
     def __init__(self, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         """timeout_seconds: of one read, all attempts and pauses included."""
-        self._timeout = timeout_seconds
+        self.timeout_seconds = timeout_seconds
         self._lock = threading.Lock()
         self._clients: dict[str, ObjectStore] = {}
         self._closed = threading.Event()
@@ -83,26 +89,52 @@ class Stores:
         Raises `DataError` where there is no such object, where it changed, where the store ignores ranges, and where
         the bytes do not arrive in time.
         """
-        return self._until_whole(_Read(url, start, stop, stop - start, version))
+        read = _Read(url, start, stop, stop - start, version)
+        return Content(read.data, self._until_done(read, partial(self._attempt, read)))
 
     def read_whole(self, url: str, limit: int) -> bytes:
         """An object of at most `limit` bytes."""
-        return bytes(self._until_whole(_Read(url, 0, None, limit, None)).data)
+        read = _Read(url, 0, None, limit, None)
+        self._until_done(read, partial(self._attempt, read))
+        return bytes(read.data)
+
+    def version(self, url: str) -> Version:
+        """Which object a URL names; asked by reading its first byte, so that a server without ranges is refused here."""
+        return self.read(url, 0, 1).version
+
+    def tars(self, folder: str) -> dict[str, Version]:
+        """The `*.tar` objects right below a folder, by name, in its order. HTTP servers cannot be asked for it."""
+        import obstore
+
+        client, prefix = self._client(f"{folder}/")
+
+        def listed() -> dict[str, Version]:
+            with self._named(folder):
+                found = obstore.list_with_delimiter(client, prefix or None)["objects"]
+            return {
+                meta["path"].rpartition("/")[2]: Version(
+                    meta["size"], meta.get("e_tag"), meta["last_modified"]
+                )
+                for meta in found
+                if meta["path"].endswith(".tar")
+            }
+
+        return dict(sorted(self._until_done(_Read(folder, 0, None, 0, None), listed).items()))
 
     def close(self) -> None:
         """Let reads that wait in other threads end early."""
         self._closed.set()
 
-    def _until_whole(self, read: "_Read") -> Content:
-        """Attempts, each from where the last one ended, until all bytes are there or the time is over."""
-        deadline = time.monotonic() + self._timeout
+    def _until_done(self, read: "_Read", attempt: Callable[[], T]) -> T:
+        """Attempts, each from where the last one ended, until one succeeds or the time is over."""
+        read.deadline = deadline = time.monotonic() + self.timeout_seconds
         failures, attempts = 0, 0
         while True:
             if self._closed.is_set():
                 raise DataError(f"{read.url}: not read, because the reader was closed")
             attempts, had = attempts + 1, len(read.data)
             try:
-                return Content(read.data, self._attempt(read, deadline))
+                return attempt()
             except _Again as error:
                 reason = str(error)
             failures = 1 if len(read.data) > had else failures + 1
@@ -110,13 +142,13 @@ class Stores:
             if time.monotonic() + pause > deadline:
                 wanted = "" if read.stop is None else f" of {read.stop - read.start:,}"
                 raise DataError(
-                    f"{read.url}: not read within {self._timeout:g} seconds; {len(read.data):,}{wanted} bytes arrived "
+                    f"{read.url}: not read within {self.timeout_seconds:g} seconds; {len(read.data):,}{wanted} bytes arrived "
                     f"in {attempts} attempts, and the last one failed: {reason}"
                 )
             log.warning("%s: %s; trying again in %.1f seconds", read.url, reason, pause)
             self._closed.wait(pause)
 
-    def _attempt(self, read: "_Read", deadline: float) -> Version:
+    def _attempt(self, read: "_Read") -> Version:
         """One request for what is missing, added as it arrives. Raises `_Again` or `DataError`."""
         if read.version is None or (read.stop is None and read.version.etag is None):
             read.data.clear()  # nothing says that the rest would be of the same object
@@ -140,7 +172,7 @@ class Stores:
                 f"{read.url}: cut short: it has {found.size:,} bytes and ends before byte {stop:,}"
             )
         read.version = found
-        self._append(result, read.data, stop - read.start, deadline)
+        self._append(result, read.data, stop - read.start, read.deadline)
         return found
 
     def _append(self, result: "GetResult", data: bytearray, wanted: int, deadline: float) -> None:
@@ -163,18 +195,25 @@ class Stores:
 
     def _ask(self, url: str, options: "GetOptions") -> "GetResult":
         import obstore
-        from obstore import exceptions
 
         client, key = self._client(url)
+        with self._named(url, options.get("if_match")):
+            return obstore.get(client, key, options=options)
+
+    @contextmanager
+    def _named(self, url: str, etag: str | None = None) -> Iterator[None]:
+        """Count a request; its failure is `_Again`, or a `DataError` where another attempt would not mend it."""
+        from obstore import exceptions
+
         with self._lock:
             self.requests += 1
         try:
-            return obstore.get(client, key, options=options)
+            yield
         except FileNotFoundError:
             raise NoSuchObjectError(f"{url}: there is no such object") from None
         except exceptions.PreconditionError:
             raise DataError(
-                f"{url}: it was changed while it was being read (its etag is no longer {options.get('if_match')})"
+                f"{url}: it was changed while it was being read (its etag is no longer {etag})"
             ) from None
         except exceptions.NotSupportedError:
             raise DataError(
@@ -200,7 +239,7 @@ class Stores:
         with self._lock:
             if address not in self._clients:
                 try:
-                    self._clients[address] = _connect(scheme, place, self._timeout)
+                    self._clients[address] = _connect(scheme, place, self.timeout_seconds)
                 except Exception as error:  # credentials that are not there, or not readable
                     raise DataError(
                         f"{address}: no connection can be set up ({_reason(error)})\n"

@@ -29,13 +29,13 @@ _LABEL = re.compile(rb"\s*([0-9]{1,9})\s*")
 class BoundedReads(io.RawIOBase):
     """What `tarfile` sees of a file: it may seek at will, but not ask for a header of gigabytes."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO | io.RawIOBase) -> None:
         self._file = file
 
     def read(self, size: int = -1, /) -> bytes:
         if not 0 <= size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {size} bytes; at most {MAX_HEADER_BYTES} are read")
-        return self._file.read(size)
+        return self._file.read(size) or b""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         return self._file.seek(offset, whence)

@@ -159,6 +159,8 @@ def _classes(found: Stats) -> Table:
     table = Table("", "", title="classes")
     table.add_row("classes", f"{len(counts):,}")
     table.add_row("without an image", f"{int((counts == 0).sum()):,}")
+    if found.beyond:
+        table.add_row("images whose label is none of them", f"{found.beyond:,}")
     table.add_row("images of a class: fewest, median, most", _three(counts))
     for what, labels in (("largest", order[:5]), ("smallest", order[::-1][:5])):
         named = ", ".join(f"{_plain(found.name(int(i)))} ({int(counts[i]):,})" for i in labels)

@@ -104,7 +104,7 @@ def pack(source: Path, out: Path, workers: int | None, overwrite: bool, seed: in
             f"{kept:,} shards were there from an attempt that had ended early; they were checked and kept."
         )
     for split, done in packed.items():
-        _report(out / split, done.manifest)
+        _report(str(out / split), done.manifest)
         if done.skipped:
             click.echo(f"{done.skipped:,} bad images were left out: see {out / split / packing.SKIPPED}")
     click.echo("Next: name these folders in a config:")
@@ -113,17 +113,34 @@ def pack(source: Path, out: Path, workers: int | None, overwrite: bool, seed: in
 
 
 @click.command()
-@click.argument("folder", type=options.PATH)
+@click.argument("source")
 @click.option("--verify", is_flag=True, help="Read every tar again, whatever its index says.")
+@click.option(
+    "--out", type=options.PATH, help="Of tars in a store: a folder for the indexes and the manifest."
+)
 @options.workers
-def index(folder: Path, verify: bool, workers: int | None) -> None:
-    """Write the index of every *.tar in FOLDER, and their manifest.
+def index(source: str, verify: bool, out: Path | None, workers: int | None) -> None:
+    """Write the index of every *.tar in SOURCE, and their manifest.
 
-    For WebDataset shards that were made elsewhere, or that were changed on purpose. Class names that FOLDER's
-    manifest already gives are kept. A tar that is older than its index, and of the size it says, is not read again.
+    For WebDataset shards that were made elsewhere, or that were changed on purpose. SOURCE is a folder, a URL of one, or
+    a pattern of URLs. Of a folder, class names that its manifest already gives are kept, and a tar that is older than
+    its index, and of the size it says, is not read again. Tars in a store are read once and stay where they are; stopped
+    half-way, the same command goes on where it was.
     """
+    from pretrain.data.urls import is_remote
+
+    if is_remote(source):
+        if verify:
+            raise click.UsageError(
+                "--verify is about tars in a folder; those in a store are known by their etags"
+            )
+        _index_remote(source, out, workers)
+        return
+    if out is not None:
+        raise click.UsageError("--out is about tars in a store; in a folder the indexes lie beside the tars")
     from pretrain.data.scan import index_folder, known_class_names
 
+    folder = Path(source)
     tars = list(folder.glob("*.tar"))
     with bar(len(tars), "shards", "indexing") as shown:
         manifest = index_folder(
@@ -133,11 +150,30 @@ def index(folder: Path, verify: bool, workers: int | None) -> None:
             workers=options.chosen(workers, 0, sum(tar.stat().st_size for tar in tars if tar.is_file())),
             verify=verify,
         )
-    _report(folder, manifest)
+    _report(str(folder), manifest)
     click.echo(f"Next: name the folder in a config:\n  data.train.shards: {folder}")
 
 
-def _report(folder: Path, manifest: Manifest) -> None:
+def _index_remote(source: str, out: Path | None, workers: int | None) -> None:
+    from pretrain.data.contact import copy_indexes, find_objects_of, index_found
+
+    found = find_objects_of(source)
+    with bar(len(found.jobs), "shards", "indexing") as shown:
+        manifest = index_found(
+            found, options.chosen(workers, 0, found.num_bytes), on_shard=lambda _: shown.update()
+        )
+    _report(found.folder, manifest)
+    if out is None:
+        click.echo(
+            f"Next: name it in a config, on machines that see {found.place}:\n  data.train.shards: {source}"
+        )
+        return
+    copy_indexes(found, out)
+    click.echo(f"Next: copy the files of {out} to {found.folder}, and name that in a config:")
+    click.echo(f"  data.train.shards: {found.folder}")
+
+
+def _report(folder: str, manifest: Manifest) -> None:
     click.echo(
         f"{folder}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, "
         f"{manifest.bytes / _MIB:,.1f} MiB, labels {manifest.min_label} to {manifest.max_label} "
