@@ -4,6 +4,8 @@
 Anything that is not a `UserError` is a bug of ours and keeps its traceback.
 """
 
+from typing import Self
+
 
 class UserError(Exception):
     """Base of every error that a user can cause and mend."""
@@ -29,7 +31,10 @@ class BadSampleError(DataError):
     def __init__(self, reason: str, where: str = "", key: str = "") -> None:
         """where: shard and number of the sample, key: its name, where they are known."""
         super().__init__(f"{where} ({key}): {reason}" if where else reason)
-        self.reason, self.key = reason, key
+        self.reason, self.where, self.key = reason, where, key
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str, str]]:
+        return type(self), (self.reason, self.where, self.key)
 
 
 class CheckpointError(UserError):

@@ -104,6 +104,12 @@ class AugmentConfig(Section):
         description="rows of a batch that a sample has, each with its own draws; must divide the global batch",
     )
 
+    @property
+    def has_policy(self) -> bool:
+        """Whether anything but crop and flip is drawn."""
+        given = (self.randaugment_timm, self.randaugment_bv, self.color_jitter, self.random_erasing)
+        return self.three_augment or any(section is not None for section in given)
+
     @model_validator(mode="after")
     def _one_policy(self) -> Self:
         given = [n for n in ("randaugment_timm", "randaugment_bv", "three_augment") if getattr(self, n)]

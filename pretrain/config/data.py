@@ -85,7 +85,8 @@ class DataConfig(Section):
     )
     workers: Literal["threads", "processes"] = Field(
         "threads",
-        description="where those threads run: beside the training loop, or in one process of their own for each rank",
+        description="where those threads run: beside the training loop, or in processes of their own: one for each 8 threads, "
+        "or for each thread where `augment` has a policy, colour jitter or random erasing",
     )
     prefetch_steps: Positive = Field(2, description="steps that are decoded ahead")
     max_pixels: Positive = Field(89_478_485, description="an image whose header says more is refused unread")

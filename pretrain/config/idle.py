@@ -46,10 +46,6 @@ def _idle(config: Config) -> Iterator[_Idle]:
     if data.decode_threads == 0:
         reason = "data.decode_threads is 0: nothing is done ahead"
         yield _Idle("data", data, ("prefetch_steps", "workers", "read_ahead_mib"), reason)
-    elif data.workers == "processes":
-        yield _Idle(
-            "data", data, ("read_ahead_mib",), "data.workers is processes: only steps under way are read"
-        )
     stores = ("read_ahead_mib", "block_memory_mib", "cache_dir", "cache_gib", "read_timeout_seconds")
     if not any("://" in source.model_dump_json() for source in (data.train, data.val) if source is not None):
         yield _Idle("data", data, stores, "all shards are local files, which the system caches")

@@ -1,19 +1,18 @@
 """From rows of the order to rows of a batch: read, decode, augment. `workers` says in which thread or process."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.config import DataConfig, ModelConfig, Plan
+from pretrain.config import DataConfig, ModelConfig
 from pretrain.data.augment import EvalView, TrainView
 from pretrain.data.dataset import Dataset
 from pretrain.data.decode import decode
 from pretrain.data.order import Rows
 from pretrain.data.quarantine import BadSample, replaced
-from pretrain.data.reader import announced, blocks_in_use, evaluation_blocks, open_reader
+from pretrain.data.reader import Reader
 from pretrain.data.resize import Pixels
 from pretrain.data.tar import Sample
 from pretrain.draws import IntArray
@@ -24,8 +23,6 @@ _NOT_REPLACED = (
     "  mend the shard, or write it again without the sample."
 )
 
-R = TypeVar("R")
-
 
 class Filler:
     """Fills rows with the view of their sample; any number of threads may call `fill` at a time."""
@@ -35,20 +32,18 @@ class Filler:
         dataset: Dataset,
         data: DataConfig,
         model: ModelConfig,
-        plan: Plan,
         make_view: Callable[[], TrainView | EvalView],
+        reader: Reader,
         *,
         replace_bad: bool,
     ) -> None:
-        """All of it can be sent to another process; what is made here need not.
+        """All of it but the reader, whoever made it closes it, can be sent to another process.
 
         replace_bad: another sample stands in for a bad one (see `quarantine`), which else is an error.
         """
-        self._dataset, self._view = dataset, make_view()
+        self._dataset, self._view, self._reader = dataset, make_view(), reader
         self._max_pixels, self._model = data.max_pixels, model
         self._replace_bad = replace_bad
-        in_use = blocks_in_use if isinstance(self._view, TrainView) else evaluation_blocks
-        self._reader = open_reader(dataset, data, plan.block_samples, in_use(plan, data))
 
     def fill(self, rows: Rows, images: npt.NDArray[np.uint8], labels: IntArray) -> list[BadSample]:
         """Write images uint8 [n, H, W, C] and labels int64 [n] of n rows. Returns what was replaced.
@@ -70,18 +65,6 @@ class Filler:
             self._view.render(pixels, draws[i], images[i])
             labels[i] = label
         return bad
-
-    def announced(self, requests: Iterator[R], rows_of: Callable[[R], Iterable[Rows]]) -> Iterator[R]:
-        """The same requests, the blocks of their rows read ahead."""
-
-        def places(request: R) -> tuple[IntArray, IntArray]:
-            rows = list(rows_of(request))
-            return np.concatenate([r.shard for r in rows]), np.concatenate([r.sample for r in rows])
-
-        return announced(requests, places, self._reader)
-
-    def close(self) -> None:
-        self._reader.close()
 
     def _read(self, rows: Rows) -> Sequence[Sample | None]:
         """The samples; none for each where one of them is bad, so that they are read again one by one."""

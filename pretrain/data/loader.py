@@ -6,8 +6,8 @@
     4  augment   decode threads        a view, written to its row of the batch    nothing: draws are keyed by sample
     5  queue     the caller's thread   `prefetch_steps` steps under way           batches that nobody has seen
 
-Stages 2 to 4 are `fill`, `workers` has the threads (in this process or in one of their own), and `buffers` lends the memory
-of batches. A restart needs the number of the next step and nothing else. With `decode_threads: 0` stages 2 to 4 run in
+Stages 2 to 4 are `fill`, `workers` has the threads (in this process or in `processes` of their own), and `buffers` lends the
+memory of batches. A restart needs the number of the next step and nothing else. With `decode_threads: 0` stages 2 to 4 run in
 the caller and nothing is prefetched; the batches are the same.
 """
 
@@ -32,10 +32,15 @@ from pretrain.data.dataset import Dataset
 from pretrain.data.fill import Filler
 from pretrain.data.order import Rows, evaluation_slice
 from pretrain.data.quarantine import BadSample
+from pretrain.data.reader import blocks_in_use, evaluation_blocks, has_remote, open_reader
 from pretrain.data.state import planned_order
 from pretrain.data.workers import make_workers
 from pretrain.draws import IntArray
 from pretrain.hardware import cores_given
+
+THREADS_A_PROCESS = 8
+"""Where nothing but cropping and bookkeeping needs the interpreter: a tenth of an image's time. A policy needs it most of
+the time, so that there each thread has a process."""
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -72,9 +77,12 @@ class _Loader:
         make_view: Callable[[], TrainView | EvalView],
         ahead: int,
         *,
+        in_use: int,
         replace_bad: bool,
+        threads_a_process: int = THREADS_A_PROCESS,
     ) -> None:
-        """ahead: requests that are under way while the caller uses one; with no thread, none is. Others: see `Filler`."""
+        """ahead: requests that are under way while the caller uses one; with no thread, none is. in_use: blocks that
+        samples are taken of at a time. Others: see `Filler` and `make_workers`."""
         num_threads = cores_given() if data.decode_threads == "auto" else data.decode_threads
         self._ahead = ahead if num_threads else 0
         self._pinned = plan.device == "cuda"
@@ -84,8 +92,15 @@ class _Loader:
             pinned=self._pinned,
             keep=(data.prefetch_steps + 2) * plan.accumulation,
         )
-        make_filler = partial(Filler, dataset, data, model, plan, make_view, replace_bad=replace_bad)
-        self._workers = make_workers(data.workers, make_filler, num_threads, shape)
+        self._workers = make_workers(
+            data.workers,
+            partial(Filler, dataset, data, model, make_view, replace_bad=replace_bad),
+            partial(open_reader, dataset, data, plan.block_samples, in_use),
+            num_threads,
+            shape,
+            threads_a_process=threads_a_process,
+            remote=has_remote(dataset),
+        )
         self._bad: list[BadSample] = []
         self.wait_seconds = 0.0
         """Time that the consumer has waited for data, since the loader was made."""
@@ -150,7 +165,12 @@ class TrainLoader(_Loader):
         """plan: made for this data set; seed: of the order and of every draw. Starts threads: close it."""
         make_view = partial(TrainView, data.augment, model, data.interpolation, seed)
         replace_bad = data.max_bad_share > 0
-        super().__init__(dataset, data, model, plan, make_view, data.prefetch_steps, replace_bad=replace_bad)
+        super().__init__(
+            dataset, data, model, plan, make_view, data.prefetch_steps,
+            in_use=blocks_in_use(plan, data),
+            replace_bad=replace_bad,
+            threads_a_process=1 if data.augment.has_policy else THREADS_A_PROCESS,
+        )  # fmt: skip
         self._plan, self._slice = plan, plan.slice_of(rank)
         self._order = planned_order(dataset, plan, seed)
 
@@ -190,7 +210,8 @@ class EvalLoader(_Loader):
         """Batches have `plan.micro_batch` rows. Starts threads: close it."""
         make_view = partial(EvalView, data.val_crop, data.interpolation)
         ahead = data.prefetch_steps * plan.accumulation
-        super().__init__(dataset, data, model, plan, make_view, ahead, replace_bad=False)
+        in_use = evaluation_blocks(plan, data)
+        super().__init__(dataset, data, model, plan, make_view, ahead, in_use=in_use, replace_bad=False)
         self._dataset = dataset
         self._number, self._counts = evaluation_slice(len(dataset), rank, plan.world_size, plan.micro_batch)
 

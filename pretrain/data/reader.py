@@ -1,13 +1,17 @@
 """Which reader a data set needs, what it holds, and the order told to it ahead of time."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, TypeVar
+
+import numpy as np
 
 from pretrain.config import DataConfig, Plan
 from pretrain.data.dataset import Dataset
+from pretrain.data.order import Rows
 from pretrain.data.read import LocalReader
 from pretrain.data.remote import RemoteReader, held_bytes
+from pretrain.data.tar import Sample
 from pretrain.data.urls import is_remote
 from pretrain.draws import IntArray
 
@@ -16,11 +20,25 @@ _MOST_REQUESTS_AHEAD = 1000
 R = TypeVar("R")
 
 
+class Reader(Protocol):
+    """What decoding asks of a reader. Thread-safe."""
+
+    def read(self, shards: IntArray, samples: IntArray) -> list[Sample]:
+        """Samples by (shard, number in the shard), in the order given. Raises `DataError`."""
+
+    def close(self) -> None:
+        """End what it has under way."""
+
+
+def has_remote(dataset: Dataset) -> bool:
+    return any(map(is_remote, dataset.paths))
+
+
 def open_reader(
     dataset: Dataset, data: DataConfig, block_samples: int, blocks_in_use: int
 ) -> LocalReader | RemoteReader:
     """The reader of a data set. blocks_in_use: see `blocks_in_use`. Close it."""
-    if any(map(is_remote, dataset.paths)):
+    if has_remote(dataset):
         return RemoteReader(dataset, data, block_samples, blocks_in_use)
     return LocalReader(dataset, block_samples)
 
@@ -46,10 +64,9 @@ def evaluation_blocks(plan: Plan, data: DataConfig) -> int:
 
 def reading(dataset: Dataset, data: DataConfig, plan: Plan) -> str:
     """What reading takes, for people. A block that the end of a lane cuts is read for both lanes."""
-    remote = any(map(is_remote, dataset.paths))
     read_twice = min(1.0, (plan.lanes - 1) * plan.block_samples / len(dataset))
     amplification = f"up to {1 + read_twice:.3g} bytes read for each byte of the data set"
-    if not remote:
+    if not has_remote(dataset):
         return f"from local files, {amplification}"
     held = held_bytes(dataset, data, plan.block_samples, blocks_in_use(plan, data))
     return (
@@ -58,16 +75,28 @@ def reading(dataset: Dataset, data: DataConfig, plan: Plan) -> str:
     )
 
 
+def announced_rows(
+    reader: Reader, requests: Iterator[R], rows_of: Callable[[R], Iterable[Rows]]
+) -> Iterator[R]:
+    """The same requests, the blocks of their rows read ahead; see `announced`."""
+
+    def places(request: R) -> tuple[IntArray, IntArray]:
+        rows = list(rows_of(request))
+        return np.concatenate([r.shard for r in rows]), np.concatenate([r.sample for r in rows])
+
+    return announced(requests, places, reader)
+
+
 def announced(
     requests: Iterator[R],
     places: Callable[[R], tuple[IntArray, IntArray]],
-    reader: LocalReader | RemoteReader,
+    reader: Reader,
 ) -> Iterator[R]:
     """The same requests; their samples are announced to the reader before they are due, while it has room.
 
     places: the shards and samples of a request, in the order in which they will be read.
     """
-    if isinstance(reader, LocalReader):
+    if not isinstance(reader, RemoteReader):
         yield from requests
         return
     coming: deque[R] = deque()

@@ -6,16 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
 import pytest
+import store_server as faults
 import torch
 from made import picture, sample_members, setting, write_tar
+from store_server import StoreServer, serving
 
 from pretrain.batch import Batch
 from pretrain.data import Dataset, open_dataset
 from pretrain.data.loader import EvalLoader, TrainLoader
+from pretrain.data.processes import shared_out
 from pretrain.data.scan import index_folder
 from pretrain.errors import DataError
 
@@ -81,21 +85,79 @@ def test_a_bug_comes_back_with_its_traceback(train_set):
     broken = made.config.data.model_copy(update={"interpolation": "no such kernel"})
     with (
         EvalLoader(train_set, broken, made.config.model, made.plan, rank=0) as loader,
-        pytest.raises(RuntimeError, match=r"in the process that decodes:\n(.*\n)+KeyError: 'no such kernel'"),
+        pytest.raises(RuntimeError, match=r"in a process that decodes:\n(.*\n)+KeyError: 'no such kernel'"),
     ):
         next(iter(loader))
 
 
-def test_a_killed_process_is_an_error_that_says_so_and_nobody_hangs(train_set):
-    with train_loader(train_set) as loader:
+def test_one_killed_process_of_several_is_an_error_that_says_so_and_nobody_hangs(train_set):
+    with train_loader(train_set, augment={"random_erasing": {}}) as loader:
         steps = loader.steps(0)
         next(steps)
-        [child] = multiprocessing.active_children()
-        os.kill(child.pid, signal.SIGKILL)
+        first, _ = multiprocessing.active_children()
+        os.kill(first.pid, signal.SIGKILL)
         with pytest.raises(DataError, match="ended with code -9"):
-            list(islice(steps, 20))
+            list(islice(steps, 200))
         with pytest.raises(DataError, match="ended with code -9"):
             next(loader.steps(0))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("threads", "most", "shares"),
+    [(1, 8, [1]), (8, 8, [8]), (9, 8, [5, 4]), (3, 1, [1, 1, 1]), (20, 8, [7, 7, 6])],
+)
+def test_threads_are_shared_out_evenly(threads, most, shares):
+    assert shared_out(threads, most) == shares
+
+
+def block_requests(server: StoreServer) -> Counter[tuple[str, str | None]]:
+    return Counter((r.path, r.range) for r in server.requests if r.path.endswith(".tar"))
+
+
+def test_processes_read_a_store_once_and_ahead_and_hear_of_its_failures(copied, train_set):
+    """One reader for all of them: no block is fetched twice, and those of coming steps before they are due."""
+    folder = copied()
+    options = {
+        "augment": {"random_erasing": {}},
+        "batch": 4,
+        "prefetch_steps": 1,
+        "read_timeout_seconds": 1.0,
+    }
+    with serving(folder) as server:
+        remote = open_dataset(server.url)
+        with (
+            train_loader(remote, **options) as ours,
+            train_loader(train_set, **options, workers="threads") as theirs,
+        ):
+            steps, expected = ours.steps(0), theirs.steps(0)
+            assert_same(next(steps)[0], next(expected)[0])
+            deadline = time.monotonic() + 20
+            while len(block_requests(server)) <= 8 and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert len(block_requests(server)) > 8  # two steps are under way, of four samples each
+            for mine, other in islice(zip(steps, expected, strict=True), 20):
+                assert_same(mine[0], other[0])
+            assert set(block_requests(server).values()) == {1}
+            assert len(multiprocessing.active_children()) == 2
+            server.always(faults.unavailable, ".tar")
+            with pytest.raises(DataError, match=r"\.tar: not read within 1 seconds"):
+                list(islice(steps, 100))
+    assert not multiprocessing.active_children()
+
+
+def test_closing_ends_processes_that_wait_for_a_store(copied):
+    with serving(copied()) as server:
+        remote = open_dataset(server.url)
+        server.always(faults.unavailable, ".tar")
+        loader = train_loader(remote, read_timeout_seconds=60.0)
+        jobs = loader._start(*next(loader._requests(0))[0])
+        while not block_requests(server):
+            time.sleep(0.02)
+        began = time.monotonic()
+        loader.close()
+        assert time.monotonic() - began < 30
+        assert all(isinstance(job.exception(), DataError) for job in jobs.jobs)
 
 
 def test_signals_that_reach_the_whole_group_are_left_to_the_parent(train_set):
@@ -121,21 +183,21 @@ if __name__ == "__main__":
     dataset = open_dataset(sys.argv[1])
     config = Config.model_validate({
         "run": {"dir": "unused"},
-        "data": {"train": {"shards": sys.argv[1]}, "workers": "processes", "decode_threads": 1},
+        "data": {"train": {"shards": sys.argv[1]}, "workers": "processes", "decode_threads": 2, "augment": {"random_erasing": {}}},
         "model": {"size": "Ti", "img_size": (8, 8), "patch_size": (4, 4), "num_classes": 10, "in_chans": 1},
         "optim": {"lr": 1e-3}, "train": {"global_batch": 12, "total_steps": 100},
     })
     plan = resolve(config, 1, facts(dataset, None), Hardware("cpu", "test", False))
     loader = TrainLoader(dataset, config.data, config.model, plan, seed=0, rank=0)
     next(loader.steps(0))
-    print(multiprocessing.active_children()[0].pid, flush=True)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     if sys.argv[2] == "wait":
         time.sleep(60)
 """
 
 
 @pytest.mark.parametrize("end", ["killed", "returns"])
-def test_the_process_is_gone_when_its_parent_is(tmp_path, train_set, end):
+def test_the_processes_are_gone_when_its_parent_is(tmp_path, train_set, end):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     parent = subprocess.Popen(
@@ -145,11 +207,12 @@ def test_the_process_is_gone_when_its_parent_is(tmp_path, train_set, end):
     )
     with parent:
         assert parent.stdout is not None
-        child = int(parent.stdout.readline())
+        children = list(map(int, parent.stdout.readline().split()))
         if end == "killed":
             parent.kill()
         assert parent.wait(20) == (-signal.SIGKILL if end == "killed" else 0)
-    assert gone(child)
+    assert len(children) == 2
+    assert all(map(gone, children))
 
 
 def gone(pid: int) -> bool:
