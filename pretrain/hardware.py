@@ -65,6 +65,12 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def descriptors_to_use() -> int:
+    """How many files one reader may keep open: a quarter of what the process may, since there are others beside it."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 2**20 if soft == resource.RLIM_INFINITY else max(16, soft // 4)
+
+
 def share_of_cores(usable: int, env: Mapping[str, str], cgroup_limit: str = "") -> int:
     """At least 1. usable: cores that this process may run on (its affinity); cgroup_limit: text of cgroup 2's cpu.max.
 

@@ -80,15 +80,21 @@ class NodeCache:
                     )
                 time.sleep(_POLL_SECONDS)
         except OSError as error:
-            raise DataError(f"data.cache_dir {self._folder}: {error.strerror}") from None
+            raise self._failed(error) from None
 
     def drop(self, key: str) -> None:
         """Forget a piece whose bytes are wrong; who has it open keeps it."""
         path = self._path(key)
-        with suppress(FileNotFoundError):
-            size = path.stat().st_size
-            path.unlink()
-            self._add(-size)
+        try:
+            with suppress(FileNotFoundError):
+                size = path.stat().st_size
+                path.unlink()
+                self._add(-size)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def _failed(self, error: OSError) -> DataError:
+        return DataError(f"data.cache_dir {self._folder}: {error.strerror}")
 
     def _path(self, key: str) -> Path:
         return self._folder / key[:2] / key
@@ -145,7 +151,9 @@ class NodeCache:
             self._add(-size)
             raise
         piece = Piece(os.dup(descriptor))
-        fcntl.flock(descriptor, fcntl.LOCK_SH)  # from writing to reading, without a gap for an eviction
+        # Linux gives one lock up before it grants the other. Who evicts the piece in between takes it from those to come;
+        # the descriptor keeps its bytes for us.
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
         return piece
 
     def _add(self, size: int, descriptor: int | None = None) -> None:

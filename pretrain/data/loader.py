@@ -32,7 +32,7 @@ from pretrain.data.dataset import Dataset
 from pretrain.data.fill import Filler
 from pretrain.data.order import Rows, evaluation_slice
 from pretrain.data.quarantine import BadSample
-from pretrain.data.reader import blocks_in_use, evaluation_blocks, has_remote, open_reader
+from pretrain.data.reader import blocks_in_use, evaluation_blocks, has_remote, open_reader, shares
 from pretrain.data.state import planned_order
 from pretrain.data.workers import make_workers
 from pretrain.draws import IntArray
@@ -78,11 +78,12 @@ class _Loader:
         ahead: int,
         *,
         in_use: int,
+        share: float,
         replace_bad: bool,
         threads_a_process: int = THREADS_A_PROCESS,
     ) -> None:
         """ahead: requests that are under way while the caller uses one; with no thread, none is. in_use: blocks that
-        samples are taken of at a time. Others: see `Filler` and `make_workers`."""
+        samples are taken of at a time; share: see `shares`. Others: see `Filler` and `make_workers`."""
         num_threads = cores_given() if data.decode_threads == "auto" else data.decode_threads
         self._ahead = ahead if num_threads else 0
         self._pinned = plan.device == "cuda"
@@ -95,7 +96,7 @@ class _Loader:
         self._workers = make_workers(
             data.workers,
             partial(Filler, dataset, data, model, make_view, replace_bad=replace_bad),
-            partial(open_reader, dataset, data, plan.block_samples, in_use),
+            partial(open_reader, dataset, data, plan.block_samples, in_use, share),
             num_threads,
             shape,
             threads_a_process=threads_a_process,
@@ -168,6 +169,7 @@ class TrainLoader(_Loader):
         super().__init__(
             dataset, data, model, plan, make_view, data.prefetch_steps,
             in_use=blocks_in_use(plan, data),
+            share=shares(data).training,
             replace_bad=replace_bad,
             threads_a_process=1 if data.augment.has_policy else THREADS_A_PROCESS,
         )  # fmt: skip
@@ -210,8 +212,10 @@ class EvalLoader(_Loader):
         """Batches have `plan.micro_batch` rows. Starts threads: close it."""
         make_view = partial(EvalView, data.val_crop, data.interpolation)
         ahead = data.prefetch_steps * plan.accumulation
-        in_use = evaluation_blocks(plan, data)
-        super().__init__(dataset, data, model, plan, make_view, ahead, in_use=in_use, replace_bad=False)
+        super().__init__(
+            dataset, data, model, plan, make_view, ahead,
+            in_use=evaluation_blocks(plan, data), share=shares(data).evaluation, replace_bad=False,
+        )  # fmt: skip
         self._dataset = dataset
         self._number, self._counts = evaluation_slice(len(dataset), rank, plan.world_size, plan.micro_batch)
 

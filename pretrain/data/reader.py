@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -34,13 +34,27 @@ def has_remote(dataset: Dataset) -> bool:
     return any(map(is_remote, dataset.paths))
 
 
+class Shares(NamedTuple):
+    """Of the memory or the cache for blocks, what training and the evaluation beside it take."""
+
+    training: float
+    evaluation: float
+
+
+def shares(data: DataConfig) -> Shares:
+    """Evaluation reads in order and holds little; where only one of the two reads from a store, it has all."""
+    val = data.val.shards if data.val is not None else ""
+    both = is_remote(val) and any(map(is_remote, data.train.patterns))
+    return Shares(7 / 8, 1 / 8) if both else Shares(1.0, 1.0)
+
+
 def open_reader(
-    dataset: Dataset, data: DataConfig, block_samples: int, blocks_in_use: int
+    dataset: Dataset, data: DataConfig, block_samples: int, blocks_in_use: int, share: float = 1.0
 ) -> LocalReader | RemoteReader:
-    """The reader of a data set. blocks_in_use: see `blocks_in_use`. Close it."""
+    """The reader of a data set. blocks_in_use: see `blocks_in_use`; share: see `shares`. Close it."""
     if has_remote(dataset):
-        return RemoteReader(dataset, data, block_samples, blocks_in_use)
-    return LocalReader(dataset, block_samples)
+        return RemoteReader(dataset, data, block_samples, blocks_in_use, share)
+    return LocalReader(dataset, block_samples, blocks_in_use)
 
 
 def blocks_in_use(plan: Plan, data: DataConfig) -> int:
@@ -68,7 +82,7 @@ def reading(dataset: Dataset, data: DataConfig, plan: Plan) -> str:
     amplification = f"up to {1 + read_twice:.3g} bytes read for each byte of the data set"
     if not has_remote(dataset):
         return f"from local files, {amplification}"
-    held = held_bytes(dataset, data, plan.block_samples, blocks_in_use(plan, data))
+    held = held_bytes(dataset, data, plan.block_samples, blocks_in_use(plan, data), shares(data).training)
     return (
         f"{held.in_use / 2**20:,.0f} MiB of blocks in use on each rank and {held.ahead / 2**20:,.0f} MiB ahead, "
         f"in {'the cache' if data.cache_dir else 'memory'}; {amplification}"

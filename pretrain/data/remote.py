@@ -12,6 +12,7 @@ are left to `LocalReader`.
 import hashlib
 import threading
 import zlib
+from collections import OrderedDict
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -25,13 +26,13 @@ from pretrain.data.cache import NodeCache
 from pretrain.data.dataset import Dataset
 from pretrain.data.index import BLOCK, ShardIndex, index_bytes, remedy
 from pretrain.data.manifest import Shard
-from pretrain.data.read import MAX_OPEN, LocalReader, checked_index, load_index
+from pretrain.data.read import FEWEST_KEPT, LocalReader, checked_index, load_index
 from pretrain.data.store import Stores, Version
 from pretrain.data.tar import Sample, parse_sample
 from pretrain.data.urls import folder_of, is_remote
 from pretrain.draws import IntArray
 from pretrain.errors import DataError
-from pretrain.hardware import ranks_here
+from pretrain.hardware import descriptors_to_use, ranks_here
 from pretrain.logs import log
 
 FETCHES = 8
@@ -40,6 +41,8 @@ TRIES = 3
 """Times that a block or an index is fetched whose bytes do not match their checksum."""
 _OTHER_FORMAT = 4096
 """Bytes that the index of another version may have more: it is read to say so."""
+_CACHE_IN_USE = 0.95
+"""Of a cache; blocks are of unequal size, and indexes lie there too."""
 _MIB, _GIB = 2**20, 2**30
 
 
@@ -66,25 +69,34 @@ class _InMemory:
 class RemoteReader:
     """Reads samples of a data set of which some shards lie in stores. Thread-safe; `close` ends its threads."""
 
-    def __init__(self, dataset: Dataset, data: DataConfig, block_samples: int, blocks_in_use: int) -> None:
-        """blocks_in_use: blocks that the order takes samples of at a time.
+    def __init__(
+        self,
+        dataset: Dataset,
+        data: DataConfig,
+        block_samples: int,
+        blocks_in_use: int,
+        share: float = 1.0,
+    ) -> None:
+        """blocks_in_use: blocks that the order takes samples of at a time; share: see `held_bytes`.
 
         Raises `DataError` where neither the memory nor the cache that the settings allow holds so many.
         """
         self._dataset, self._block_samples = dataset, block_samples
         self._remote = np.fromiter(map(is_remote, dataset.paths), np.bool_, len(dataset.paths))
-        self._local = LocalReader(dataset, block_samples)
+        self._local = LocalReader(dataset, block_samples, blocks_in_use)
+        self._most_indexes = max(FEWEST_KEPT, 2 * blocks_in_use)  # of blocks in use, and of those ahead
         self._stores = Stores(data.read_timeout_seconds)
         self._lock = threading.Lock()
-        self._shards: dict[int, _Shard] = {}
-        held = held_bytes(dataset, data, block_samples, blocks_in_use)
+        self._shards: OrderedDict[int, _Shard] = OrderedDict()
+        held = held_bytes(dataset, data, block_samples, blocks_in_use, share)
         self._room, limit = held.ahead, held.in_use + held.ahead
         self._cache: NodeCache | None = None
         if data.cache_dir is not None:
             self._cache = NodeCache(
                 Path(data.cache_dir), round((data.cache_gib or 0) * _GIB), 2 * data.read_timeout_seconds
             )
-            limit = min(limit, held.block * MAX_OPEN)  # what is held is a descriptor; the disk has the bytes
+            # What is held is a descriptor: where they are few, a block is opened again; the disk has the bytes.
+            limit = min(limit, held.block * descriptors_to_use())
         self._blocks: Blocks[Key, _Held] = Blocks(self._fetch, self._size, limit, FETCHES)
 
     def read(self, shards: IntArray, samples: IntArray) -> list[Sample]:
@@ -177,8 +189,10 @@ class RemoteReader:
                 shard = self._shards[number] = _Shard(
                     *paths, self._dataset.shards[number], self._stores, self._cache
                 )
-                if len(self._shards) > MAX_OPEN:
-                    del self._shards[next(iter(self._shards))]
+                if len(self._shards) > self._most_indexes:
+                    self._shards.popitem(last=False)
+            else:
+                self._shards.move_to_end(number)
         shard.load()
         return shard
 
@@ -289,14 +303,20 @@ class HeldBytes(NamedTuple):
     ahead: int
 
 
-def held_bytes(dataset: Dataset, data: DataConfig, block_samples: int, blocks_in_use: int) -> HeldBytes:
-    """See `HeldBytes`; raises `DataError` where the settings do not allow for it."""
+def held_bytes(
+    dataset: Dataset, data: DataConfig, block_samples: int, blocks_in_use: int, share: float = 1.0
+) -> HeldBytes:
+    """See `HeldBytes`; raises `DataError` where the settings do not allow for it.
+
+    share: of what the settings allow a rank, what is left to this reader by those beside it.
+    """
     block = max(1, round(block_samples * dataset.num_bytes / len(dataset)))
     in_use = min(blocks_in_use * block, dataset.num_bytes)
     name, bound = "data.block_memory_mib", data.block_memory_mib * _MIB
     if data.cache_gib is not None:
         name, bound = "data.cache_gib", data.cache_gib * _GIB
-        bound /= ranks_here()  # they share it, and each keeps what it is reading
+        bound *= _CACHE_IN_USE / ranks_here()  # they share it, and each keeps what it is reading
+    bound *= share
     ahead = min(in_use, bound - in_use) if data.read_ahead_mib is None else data.read_ahead_mib * _MIB
     if in_use + max(ahead, 0) > bound:
         raise DataError(

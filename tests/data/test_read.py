@@ -59,9 +59,10 @@ def test_neighbours_are_one_read(train_set, monkeypatch):
 
 def test_more_shards_than_may_be_open(train_set, monkeypatch):
     whole = plain(read_all(train_set))
-    monkeypatch.setattr(read, "MAX_OPEN", 2)
+    monkeypatch.setattr(read, "descriptors_to_use", lambda: 2)
+    monkeypatch.setattr(read, "FEWEST_KEPT", 2)
     numbers = np.random.default_rng(0).permutation(len(train_set))
-    reader = LocalReader(train_set, block_samples=7)
+    reader = LocalReader(train_set, block_samples=7, blocks_in_use=2)
     found: dict[int, list[tuple[str, bytes, int]]] = {}
 
     def work(part: int) -> None:
@@ -75,7 +76,7 @@ def test_more_shards_than_may_be_open(train_set, monkeypatch):
         thread.join()
     for part in range(4):
         assert found[part] == [whole[n] for n in numbers[part::4]]
-    assert len(reader._open) <= 2
+    assert (len(reader._files), len(reader._kept)) <= (2, 2)
 
 
 STRANGE = {
@@ -179,7 +180,7 @@ def test_a_read_again_goes_past_the_page_cache(copied):
     descriptor = os.open(tar, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-    shard = read._OpenShard(tar, open_dataset(str(folder)).shards[0])
+    shard = read._KeptShard(tar, open_dataset(str(folder)).shards[0], read._Files(1))
     shard.read(0, 10)
     assert cached_pages(tar) > 0
     shard._drop_cached(0, tar.stat().st_size - 1)
@@ -209,6 +210,59 @@ def test_a_tar_cut_after_the_opening_is_noticed(copied):
         tar.write_bytes(good[: int(len(good) * share)])
         with pytest.raises(DataError, match=r"train-000000\.tar: cut short"):
             read_all(dataset, np.array([last]))
+
+
+def test_a_rank_in_many_shards_reads_each_index_once_and_keeps_few_files_open(tmp_path, monkeypatch):
+    """As with 256 lanes of 4 windows: all shards are in use at a time, and come by turns."""
+    write_tar(tmp_path / "000.tar", sample_members("x", 1) + sample_members("y", 2))
+    for number in range(1, 700):
+        (tmp_path / f"{number:03d}.tar").write_bytes((tmp_path / "000.tar").read_bytes())
+    index_folder(tmp_path)
+    dataset = open_dataset(str(tmp_path))
+    loaded = []
+    monkeypatch.setattr(
+        read, "load_index", lambda *given, real=read.load_index: loaded.append(given) or real(*given)
+    )
+    monkeypatch.setattr(read, "descriptors_to_use", lambda: 20)
+    reader = LocalReader(dataset, block_samples=1, blocks_in_use=700)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    shards = np.arange(700)
+    for sample in (0, 1, 0):
+        found = reader.read(shards, np.full(700, sample))
+        assert {(s.key, s.label) for s in found} == {("xy"[sample], 1 + sample)}
+    assert len(loaded) == 700
+    assert len(list(Path("/proc/self/fd").iterdir())) - before <= 20
+    reader.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+@pytest.mark.parametrize("failures", [1, read.REREADS])
+def test_an_index_that_is_damaged_on_its_way_is_read_again(train_set, monkeypatch, caplog, failures):
+    """As by a bit that flips in memory or on a wire: the file itself is sound."""
+    whole = plain(read_all(train_set))
+    left = failures
+
+    def flipping(content: bytes, *given: object, real=read.checked_index) -> object:
+        nonlocal left
+        if left:
+            left -= 1
+            content = content[:90] + bytes([content[90] ^ 1]) + content[91:]
+        return real(content, *given)
+
+    monkeypatch.setattr(read, "checked_index", flipping)
+    assert plain(read_all(train_set)) == whole
+    assert caplog.text.count("damaged: its checksum does not match; reading it again") == failures
+
+
+def test_an_index_that_stays_damaged_is_fatal_and_named(copied, caplog):
+    folder = copied()
+    dataset = open_dataset(str(folder))
+    file = folder / "train-000000.tar.idx"
+    content = file.read_bytes()
+    file.write_bytes(content[:90] + bytes([content[90] ^ 1]) + content[91:])
+    with pytest.raises(DataError, match=r"train-000000\.tar\.idx: damaged(.|\n)*pretrain shards index"):
+        read_all(dataset)
+    assert caplog.text.count("reading it again") == read.REREADS
 
 
 def test_every_flipped_bit_in_an_index_is_noticed(copied):

@@ -1,6 +1,7 @@
 """Data sets in a store: the samples of the local ones, about one request a block, one download a node."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from pretrain.data.cache import NodeCache
 from pretrain.data.loader import EvalLoader, TrainLoader
 from pretrain.data.order import Order
 from pretrain.data.read import LocalReader
-from pretrain.data.reader import announced, blocks_in_use, open_reader, reading
+from pretrain.data.reader import announced, blocks_in_use, open_reader, reading, shares
 from pretrain.data.remote import RemoteReader
 from pretrain.errors import DataError
 
@@ -354,6 +355,49 @@ def test_what_is_held_and_read_is_told(remote, train_set):
     assert "from local files, up to" in reading(train_set, made.config.data, made.plan)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_bound_of_a_cache_holds_for_training_and_evaluation_of_all_ranks(
+    server, remote, whole, tmp_path, monkeypatch, shared
+):
+    """Two ranks with two readers each hold all that they are allowed to; each by itself would ask for too much."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    block = remote.num_bytes * BLOCK // len(remote)
+    bound = 16 * block
+    urls = {"train": {"shards": server.url}, "val": {"shards": server.url}}
+    settings = data_config(**urls, cache_dir=str(tmp_path / "cache"), cache_gib=bound / 2**30)
+    train, evaluation = shares(settings) if shared else (1.0, 1.0)
+    numbers = np.random.default_rng(3).permutation(len(remote))
+    low, high = numbers[numbers < len(remote) // 2], numbers[numbers >= len(remote) // 2]
+    readers = []
+    for share, samples, parts in ((train, BLOCK, (low, high)), (evaluation, 2, (high, low))):
+        in_use = int(share * bound * 0.95 / 2 / (block / BLOCK * samples))
+        readers += [(open_reader(remote, settings, samples, in_use, share), part) for part in parts]
+
+    def read_all() -> None:
+        for start in range(0, len(low), 5):
+            for reader, part in readers:
+                mine = part[start : start + 5]
+                assert plain(reader.read(*remote.locate(mine))) == [whole[n] for n in mine]
+                assert taken(tmp_path / "cache") <= bound
+
+    try:
+        if shared:
+            read_all()
+        else:
+            with pytest.raises(DataError, match="full of what is being read now"):
+                read_all()
+    finally:
+        for reader, _ in readers:
+            reader.close()
+
+
+def test_shares_are_those_of_the_readers_that_are_there(remote):
+    url, path = {"shards": remote.source}, {"shards": "/data/val"}
+    assert shares(data_config(train=url, val=url)) == (7 / 8, 1 / 8)
+    for train, val in ((url, path), (path, url), (url, None)):
+        assert shares(data_config(train=train, val=val)) == (1, 1)
+
+
 PROCESS = """
 import sys
 import numpy as np
@@ -477,3 +521,23 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"data\.cache_dir .*file/cache: cannot be written: Not a directory"):
         NodeCache(tmp_path / "file" / "cache", 1000, 1.0)
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs util-linux's setpriv")
+def test_a_piece_that_cannot_be_dropped_is_named(tmp_path):
+    """Without capabilities, root too may not remove a file from where nobody may."""
+    cache = NodeCache(tmp_path, 1000, 1.0)
+    cache.piece(key(1), 10, lambda: bytes(10))
+    (tmp_path / key(1)[:2]).chmod(0o555)
+    code = (
+        "import sys; from pathlib import Path; from pretrain.data.cache import NodeCache; "
+        "NodeCache(Path(sys.argv[1]), 1000, 1.0).drop(sys.argv[2])"
+    )
+    drop = ("setpriv", "--bounding-set=-all", "--inh-caps=-all") if os.geteuid() == 0 else ()
+    done = subprocess.run(
+        [*drop, sys.executable, "-c", code, str(tmp_path), key(1)], capture_output=True, text=True
+    )
+    (tmp_path / key(1)[:2]).chmod(0o755)
+    assert done.stderr.splitlines()[-1] == (
+        f"pretrain.errors.DataError: data.cache_dir {tmp_path}: Permission denied"
+    )
