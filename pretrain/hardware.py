@@ -10,7 +10,8 @@ from pathlib import Path
 from pretrain.config.plan import Hardware
 
 CPUINFO = Path("/proc/cpuinfo")
-CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 """Without one of these a bf16 matrix product is emulated, 10 to 100 times slower than in fp32."""
 
@@ -47,8 +48,40 @@ def cpu(cpuinfo: str) -> Hardware:
 
 def cores_given() -> int:
     """Processor cores for this rank: what the job was given on this machine, shared out among its ranks there."""
-    limit = CGROUP_LIMIT.read_text() if CGROUP_LIMIT.exists() else ""
-    return share_of_cores(len(os.sched_getaffinity(0)), os.environ, limit)
+    usable = len(os.sched_getaffinity(0))
+    own = OWN_CGROUPS.read_text() if OWN_CGROUPS.exists() else ""
+    return share_of_cores(min([usable, *quotas(own, CGROUPS)]), os.environ)
+
+
+def quotas(own: str, root: Path) -> list[int]:
+    """Cores that the control groups of this process allow, each at least 1; none where there is no limit.
+
+    own: text of /proc/self/cgroup; root: where the groups are mounted. A limit of a group holds for all below it. In a
+    container its own group may be mounted as the root, and the path in `own` may not exist there.
+    """
+    found = []
+    for line in own.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base = root / controllers if controllers else root
+        group = base / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder == base or base in folder.parents:
+                found.append(_quota(folder))
+    return [max(1, cores) for cores in found if cores is not None]
+
+
+def _quota(folder: Path) -> int | None:
+    """Of cgroup 2 (`cpu.max`) or 1."""
+    try:
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return int(quota) // int(period) if int(quota) > 0 else None
+    except (OSError, ValueError):  # no such file, or `max`
+        return None
 
 
 def ranks_here() -> int:
@@ -71,8 +104,8 @@ def descriptors_to_use() -> int:
     return 2**20 if soft == resource.RLIM_INFINITY else max(16, soft // 4)
 
 
-def share_of_cores(usable: int, env: Mapping[str, str], cgroup_limit: str = "") -> int:
-    """At least 1. usable: cores that this process may run on (its affinity); cgroup_limit: text of cgroup 2's cpu.max.
+def share_of_cores(usable: int, env: Mapping[str, str]) -> int:
+    """At least 1. usable: cores that this process may run on, by its affinity and the limits of its control groups.
 
     torchrun and `accelerate launch` start LOCAL_WORLD_SIZE ranks from one process, and all of them inherit what it was
     given. Slurm binds each task to its own SLURM_CPUS_PER_TASK cores, or, where it does not bind, lets each of the
@@ -83,9 +116,6 @@ def share_of_cores(usable: int, env: Mapping[str, str], cgroup_limit: str = "") 
         found = re.match(r"[0-9]+", env.get(name, ""))
         return int(found[0]) if found else None
 
-    quota = re.fullmatch(r"([0-9]+) ([0-9]+)\s*", cgroup_limit)
-    if quota:
-        usable = min(usable, int(quota[1]) // int(quota[2]))
     per_task, on_node = number("SLURM_CPUS_PER_TASK"), number("SLURM_CPUS_ON_NODE")
     tasks = number("SLURM_STEP_TASKS_PER_NODE")  # such as 4(x2): four on each of two nodes
     if per_task is not None:

@@ -66,15 +66,30 @@ def test_the_checkpoint_benchmark_saves_and_loads() -> None:
     assert re.search(r"│ 2 +│ 3 +│ \d", done.stdout), done.stdout
 
 
-def test_the_benchmark_of_stores_reads_each_byte_once(tmp_path: Path) -> None:
-    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
-    content = (tmp_path / "a.png").read_bytes()
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+def tiny_shard(folder: Path) -> None:
+    """128 samples of one small picture."""
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "a.png")
+    content = (folder / "a.png").read_bytes()
+    with tarfile.open(folder / "a.tar", "w") as tar:
         for number in range(128):
             for suffix, data in (("png", content), ("cls", b"1")):
                 member = tarfile.TarInfo(f"{number:03}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
+
+
+def test_the_benchmark_of_workers_measures_threads_and_processes(tmp_path: Path) -> None:
+    tiny_shard(tmp_path)
+    arguments = (str(tmp_path), "--rounds", "1", "--steps", "1", "--size", "32", "--threads", "1")
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "workers.py"), *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"│ (threads|processes) +│ 1 ", done.stdout) == ["threads", "processes"]
+
+
+def test_the_benchmark_of_stores_reads_each_byte_once(tmp_path: Path) -> None:
+    tiny_shard(tmp_path)
     done = subprocess.run(
         [sys.executable, str(FOLDER / "stores.py"), str(tmp_path), "--rounds", "1", "--block-mib", "0.02"],
         capture_output=True,

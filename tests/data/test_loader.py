@@ -1,3 +1,4 @@
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -366,3 +367,19 @@ def test_batches_for_cuda_lie_in_pinned_memory(train_set):
 
 def no_decode_threads() -> bool:
     return not any(thread.name.startswith("decode") for thread in threading.enumerate())
+
+
+def test_decode_threads_follow_the_cores_that_the_process_was_given(train_set, monkeypatch):
+    """Those of its affinity, not the machine's."""
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        with train_loader(train_set, decode_threads="auto") as loader:
+            assert loader._workers._threads._max_workers == 1
+            monkeypatch.setattr("pretrain.data.loader.cores_given", lambda: 3)
+        with train_loader(train_set, decode_threads="auto") as loader:
+            assert loader._workers._threads._max_workers == 3
+    finally:
+        os.sched_setaffinity(0, before)
