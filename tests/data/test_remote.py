@@ -18,6 +18,7 @@ import torch
 from made import setting
 from store_server import StoreServer, serving
 
+from launch.preflight import _see_shards
 from pretrain.config import DataConfig
 from pretrain.config.idle import idle_settings
 from pretrain.data import Dataset, open_dataset
@@ -315,6 +316,15 @@ def test_missing_objects_and_a_missing_manifest_say_what_to_do(server, remote):
         match=r"there is no manifest\.json, and an HTTP server cannot be asked(.|\n)*pretrain shards index",
     ):
         open_dataset(server.url)
+
+
+def test_the_preflight_of_a_job_reads_a_little_of_a_store_and_names_what_it_cannot(server, remote):
+    config = setting(remote, read_timeout_seconds=1.0).config
+    _see_shards(config)
+    assert server.requests[-1].range == "bytes=0-511"
+    server.always(faults.unavailable, ".tar")
+    with pytest.raises(DataError, match=r"train-000000\.tar: not read within 1 seconds"):
+        _see_shards(config)
 
 
 def test_a_dead_store_ends_training_with_an_error_in_time(server, remote):
