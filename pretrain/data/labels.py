@@ -29,7 +29,8 @@ def check_labels(dataset: Dataset, data: DataConfig, num_classes: int) -> None:
     names = dataset.class_names or ()
     if len(names) > num_classes:
         raise DataError(
-            f"{dataset.source}: its manifest names {len(names):,} classes, but model.num_classes is {num_classes:,}\n"
+            f"{dataset.source}: its manifest names {len(names)} classes, and labels go up to {dataset.labels[1]}, "
+            f"but model.num_classes is {num_classes}\n"
             f"  Set model.num_classes to at least {len(names)}, or pack the shards with fewer classes."
         )
     if dataset.labels[1] < num_classes:

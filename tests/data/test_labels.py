@@ -74,7 +74,9 @@ def test_labels_from_one_to_n_are_a_wrong_config_and_not_strays(tmp_path):
 def test_more_named_classes_than_the_model_has_are_a_wrong_config_whatever_the_labels(tmp_path):
     dataset = made(tmp_path, [0, 1], names=["ant", "bee", "cat"])
     check(dataset, 3)
-    with pytest.raises(DataError, match=r"names 3 classes, but model\.num_classes is 2\n.*at least 3"):
+    with pytest.raises(
+        DataError, match=r"names 3 classes, and labels go up to 1, but model\.num_classes is 2\n.*at least 3"
+    ):
         check(dataset, 2)
 
 
