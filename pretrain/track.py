@@ -1,6 +1,7 @@
 """`pretrain track`: what a run logged, delivered to MLflow after the fact."""
 
 import os
+import signal
 from pathlib import Path
 
 import click
@@ -20,30 +21,64 @@ def track() -> None:
 
 
 @track.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--from-start", is_flag=True, help="Deliver everything again; what MLflow has is not doubled.")
 @click.option(
     "--timeout", default=60.0, show_default=True, help="Give up after so many seconds without success."
 )
 @click.option("--uri", default=None, help="Another MLflow than the run's own.")
-def sync(run: Path, from_start: bool, timeout: float, uri: str | None) -> None:
-    """Deliver what MLflow has not got from the run directory RUN."""
-    from pretrain.tracking import progress
+@click.option(
+    "--watch",
+    "watches",
+    is_flag=True,
+    help="Go on until Ctrl-C, for living runs too; RUN may be a folder of runs.",
+)
+@click.option(
+    "--every",
+    type=click.FloatRange(min=0.1),
+    default=15.0,
+    show_default=True,
+    help="With --watch: seconds between two rounds.",
+)
+def sync(
+    runs: tuple[Path, ...], from_start: bool, timeout: float, uri: str | None, watches: bool, every: float
+) -> None:
+    """Deliver what MLflow has not got from the run directories RUN.
+
+    With --watch: for runs on nodes that have no route to MLflow, from one that has.
+    """
     from pretrain.tracking.journal import journal_path
     from pretrain.tracking.target import resolve_uri
 
-    if not journal_path(run).is_file():
-        raise TrackError(f"{run} is no run directory: it has no {journal_path(run).name}")
-    target = resolve_uri(uri) if uri is not None else _own_uri(run)
-    lock = progress.drain_lock(run)
-    if not lock.acquire():
-        raise TrackError(
-            f"another process is delivering {run} right now: the run is alive, or just ended. Try later."
-        )
+    target = None if uri is None else resolve_uri(uri)
+    if watches:
+        if from_start:
+            raise TrackError("--from-start is for one delivery: leave --watch away")
+        _watch(runs, target, every)
+        return
+    for run in runs:
+        if not journal_path(run).is_file():
+            raise TrackError(f"{run} is no run directory: it has no {journal_path(run).name}")
+        _deliver(run, target or _own_uri(run), from_start, timeout)
+
+
+def _watch(places: tuple[Path, ...], uri: str | None, every: float) -> None:
+    from pretrain import logs
+    from pretrain.tracking.drain import CLIENT_ENVIRONMENT
+
+    for place in places:
+        if not place.is_dir():
+            raise TrackError(f"{place} is no folder: give run directories, or a folder that runs are in")
+    logs.to_stderr()
+    os.environ.update(CLIENT_ENVIRONMENT)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        _deliver(run, target, from_start, timeout)
-    finally:
-        lock.release()
+        from pretrain.tracking.watch import Watch  # imports mlflow, which reads the environment
+
+        logs.log.info("watching %s, every %g s, until Ctrl-C", ", ".join(map(str, places)), every)
+        Watch(places, lambda run: uri or _own_uri(run)).follow(every)
+    except KeyboardInterrupt:
+        logs.log.info("stopped; what is not delivered stays in the journals")
 
 
 def _own_uri(run: Path) -> str:
@@ -72,15 +107,19 @@ def _deliver(run: Path, uri: str, from_start: bool, timeout: float) -> None:
 
     drainer = Drainer(run, uri, from_start=from_start)
     size = journal_path(run).stat().st_size
-    with tqdm(total=size, initial=drainer.note.offset, unit="B", unit_scale=True) as bar:
+    with tqdm(total=size, unit="B", unit_scale=True) as bar:
 
         def advance(offset: int) -> None:
             bar.update(offset - bar.n)
 
         done = deliver(drainer, lambda: True, timeout, advance)
+    if not done and drainer.error is None:
+        raise TrackError(
+            f"another process is delivering {run} right now: the run is alive, or just ended. Try later."
+        )
     if not done:
         raise TrackError(
-            f"{progress.count_unsent(run)} records of {run} could not be delivered to {uri}: {drainer.note.error}\n"
+            f"{progress.count_unsent(run)} records of {run} could not be delivered to {uri}: {drainer.error}\n"
             "  Is the server up, and are the credentials in the environment (MLFLOW_TRACKING_USERNAME and _PASSWORD, "
             "or _TOKEN)?"
         )

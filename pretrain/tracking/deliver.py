@@ -1,5 +1,6 @@
 """A journal becomes an MLflow run: read lines, send them, note how far it came."""
 
+import contextlib
 import json
 import math
 import time
@@ -21,33 +22,54 @@ from pretrain.tracking.store import Item, MlflowRun, RefusedError, RunLostError,
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 POLL_SECONDS = 1.0
 MAX_BATCH, MIN_BATCH = 1000, 50
+RUN_STATUS = "status.json"
+"""How the run stands, in the trainer's own words; written before the journal is closed."""
 
 
 class Drainer:
-    """Delivers one journal to one store. The caller holds `progress.drain_lock`.
+    """Delivers one journal to one store, in turns: several processes may do so, one at a time.
 
     from_start: deliver everything again; what MLflow has already stays as it is.
+    quiet_seconds: how long a journal that nobody seems to write has been silent before its run counts as dead. 0 where
+    the lock of its writer can be seen for sure; other nodes may not see it.
     """
 
-    def __init__(self, run_dir: Path, uri: str, *, from_start: bool = False) -> None:
+    def __init__(
+        self, run_dir: Path, uri: str, *, from_start: bool = False, quiet_seconds: float = 0.0
+    ) -> None:
         self._run_dir = run_dir
         self._path = journal_path(run_dir)
+        self._from_start = from_start
+        self._quiet_seconds = quiet_seconds
         self._batch = MAX_BATCH
         self._mlflow: MlflowRun | None = None
-        # Known ahead, so that what a later attempt took the place of is not delivered in the first place.
-        attempts = records.read_ops(self._path, "attempt")
-        self._attempts = {record["attempt"]: record["from_step"] for record in attempts}
-        note = progress.read(run_dir)
-        goes_on = note is not None and note.uri == uri and note.offset <= self._path.stat().st_size
-        self.note = note if note is not None and goes_on and not from_start else Delivered(uri)
+        self._attempts: dict[int, int] = {}
+        self._is_closed = False
+        self.note = Delivered(uri, -1)
+        self.error: str | None = None
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[bool]:
+        """Hold the run's lock inside; False if somebody else has it. What others delivered meanwhile is taken note of."""
+        lock = progress.drain_lock(self._run_dir)
+        try:
+            is_mine = lock.acquire()
+            if is_mine:
+                self._catch_up()
+            yield is_mine
+        finally:
+            lock.release()
 
     def advance(self) -> bool:
         """Deliver the next few lines; False when there is none. Raises `UnreachableError` when they did not get
-        through."""
+        through. In a turn only."""
         group, end = self._next_group()
         if end == self.note.offset:
             return False
         try:
+            if self._is_closed and "values" in group[0]:  # it was not dead, only silent
+                self._open().set_status("RUNNING", group[-1]["time"])
+                self._is_closed = False
             self._deliver(group, self._open())
         except UnreachableError:
             self._batch = max(MIN_BATCH, self._batch // 2)  # a slow server may take less at a time
@@ -62,14 +84,47 @@ class Drainer:
         return True
 
     def close_abandoned(self) -> None:
-        """Mark a run whose process died without a word as KILLED. Call when `advance` has nothing left."""
+        """Give a run whose process died without a word the status that it deserves. Call when `advance` has nothing
+        left."""
         last = records.last_record(self._path)
-        if last is not None and last["op"] != "status" and not is_locked(self._path):
-            self._open().set_status("KILLED", last["time"])
+        if last is None or last["op"] == "status" or self._is_closed or is_locked(self._path):
+            return
+        if time.time() - self._path.stat().st_mtime >= self._quiet_seconds:
+            self._open().set_status(self._deserved_status(last["attempt"]), last["time"])
+            self._is_closed = True
 
     def note_error(self, error: Exception) -> None:
-        """Leave the reason of an outage where the trainer's last words can quote it."""
-        self._save(self.note._replace(error=str(error)))
+        """Leave the reason of an outage where the trainer's last words can quote it. Progress that somebody else made
+        with another store is left alone."""
+        self.error = str(error)
+        found = progress.read(self._run_dir)
+        if found is None or found.uri == self.note.uri:
+            offset = max(0, self.note.offset) if found is None else found.offset
+            Delivered(self.note.uri, offset, self.error).save(self._run_dir)
+
+    def _catch_up(self) -> None:
+        """Begin where the note says that delivery stands."""
+        found, uri = progress.read(self._run_dir), self.note.uri
+        if found is None or found.uri != uri or found.offset > self._path.stat().st_size or self._from_start:
+            found = Delivered(uri)
+        if self._from_start:
+            found.save(self._run_dir)
+            self._from_start = False
+        if found.offset != self.note.offset:
+            # Known ahead, so that what a later attempt took the place of is not delivered in the first place.
+            attempts = records.read_ops(self._path, "attempt")
+            self._attempts = {record["attempt"]: record["from_step"] for record in attempts}
+        self.note = found
+
+    def _deserved_status(self, attempt: int) -> str:
+        """What an attempt's process had already said of its end to others, if it died before it could say it here."""
+        try:
+            status = json.loads((self._run_dir / RUN_STATUS).read_text())
+            if status["attempt"] == attempt:
+                return {"finished": "FINISHED", "failed": "FAILED"}.get(status["status"], "KILLED")
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return "KILLED"
 
     def _open(self) -> MlflowRun:
         if self._mlflow is None:
@@ -114,6 +169,7 @@ class Drainer:
         match record["op"]:
             case "attempt":
                 self._attempts[record["attempt"]] = record["from_step"]
+                self._is_closed = False
                 run.set_status("RUNNING", record["time"])
                 run.log([RunTag("attempt", str(record["attempt"]))])
             case "status":
@@ -177,28 +233,30 @@ def deliver(
     """Deliver until `ends()` says that no more will come and all is delivered, or until that has been so for `grace`
     seconds without a success: True if all is delivered.
 
-    `heard` is called with the journal's offset after each success.
+    `heard` is called with the journal's offset after each success. While MLflow is out of reach the lock is free, so
+    that somebody with a better route may deliver.
     """
     wait, deadline = FIRST_WAIT, math.inf
-    while time.monotonic() < deadline:
+    while True:
         ending = deadline < math.inf
         if not ending and ends():
             ending, deadline, wait = True, time.monotonic() + grace, FIRST_WAIT
         pause = POLL_SECONDS
         try:
-            if drainer.advance():
-                heard(drainer.note.offset)
-                wait = FIRST_WAIT
-                deadline = time.monotonic() + grace if ending else math.inf
-                continue
-            if ending:
-                drainer.close_abandoned()
-                return True
+            with drainer.turn() as is_mine:
+                while is_mine and drainer.advance():
+                    heard(drainer.note.offset)
+                    wait = FIRST_WAIT
+                    deadline = time.monotonic() + grace if ending else math.inf
+                if is_mine and ending:
+                    drainer.close_abandoned()
+                    return True
         except UnreachableError as error:
             log.warning("MLflow does not answer, next try in %.1f s: %s", wait, error)
             drainer.note_error(error)
             pause, wait = wait, min(LONGEST_WAIT, 2 * wait)
         resume = min(deadline, time.monotonic() + pause)
         while time.monotonic() < resume and (ending or not ends()):
-            time.sleep(min(POLL_SECONDS, max(0.0, resume - time.monotonic())))
-    return False
+            time.sleep(max(0.0, min(POLL_SECONDS, resume - time.monotonic())))
+        if time.monotonic() >= deadline:
+            return False

@@ -7,18 +7,14 @@ killed at any instruction. `pretrain track sync` does the same in the foreground
 """
 
 import logging
-import math
 import os
 import signal
-import time
 from pathlib import Path
 
 import click
 
-from pretrain.tracking import progress, records
+from pretrain.tracking import records
 from pretrain.tracking.journal import journal_path
-
-POLL_SECONDS = 0.2
 
 CLIENT_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the retries are ours
@@ -44,15 +40,6 @@ def main(run_dir: Path, uri: str, parent: int, grace: float) -> None:
 
     def ends() -> bool:
         return os.getppid() != parent or _is_closed(journal_path(run_dir))
-
-    lock = progress.drain_lock(run_dir)
-    deadline = math.inf
-    while not lock.acquire():  # the drainer of an earlier attempt is in its grace
-        if ends():
-            deadline = min(deadline, time.monotonic() + grace)
-        if time.monotonic() > deadline:
-            return
-        time.sleep(POLL_SECONDS)
 
     os.environ.update(CLIENT_ENVIRONMENT)
     from pretrain.tracking.deliver import Drainer, deliver  # mlflow: takes seconds

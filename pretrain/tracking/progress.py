@@ -1,6 +1,8 @@
 """How far a journal was delivered: the drainer's note, `RUN/tracking/delivered.json`, and its lock."""
 
 import json
+import os
+import socket
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +23,8 @@ class Delivered(NamedTuple):
     def save(self, run_dir: Path) -> None:
         """Replace the note in one step. Lost with the power it costs a repeated delivery, nothing else."""
         path = _path(run_dir)
-        aside = path.with_suffix(".new")
+        # of this process alone: a file system may have no locks that other nodes see
+        aside = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.new")
         aside.write_text(json.dumps(self._asdict()) + "\n")
         aside.replace(path)
 
@@ -42,7 +45,7 @@ def count_unsent(run_dir: Path) -> int:
 
 
 def drain_lock(run_dir: Path) -> LockFile:
-    """Held by the one drainer that a run may have."""
+    """Held by whoever is delivering a run at this moment."""
     return LockFile(run_dir / "tracking" / "drain.lock")
 
 

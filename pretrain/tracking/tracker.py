@@ -92,8 +92,15 @@ class Tracker:
         self._journal.dataset(name, digest, source, context)
 
     def artifact(self, path: Path) -> None:
-        """Keep a small file of the run directory with the run; see `Journal.artifact`."""
-        self._journal.artifact(path)
+        """Keep a small file of the run directory with the run; see `Journal.artifact`.
+
+        One that is too large, or is no file of this directory, stays where it is with a word in the log: no report is
+        worth the end of a training.
+        """
+        try:
+            self._journal.artifact(path)
+        except ValueError as error:
+            log.warning("%s: it stays in %s and is not sent to MLflow", error, self._run_dir)
 
     def sync(self) -> None:
         """Return when everything logged is on disk, and say if MLflow has been out of reach. Called at every

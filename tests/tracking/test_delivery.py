@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from mlflow import MlflowClient
 from mlflow_server import Stored
 
 from pretrain.config import RunConfig, TrackingConfig
 from pretrain.tracking import Journal, Tracker, progress
 from pretrain.tracking.deliver import Drainer, deliver
+from pretrain.tracking.journal import MAX_ARTIFACT_BYTES
 
 
 def drain(run_dir: Path, database: Path, **options) -> Stored:
@@ -85,6 +87,30 @@ def test_a_run_that_ended_without_a_word_is_killed_and_running_again_when_it_goe
     assert drain(run_dir, database).status == "RUNNING"
     living.close("FAILED")
     assert drain(run_dir, database).status == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("said", "deserved"), [("finished", "FINISHED"), ("failed", "FAILED"), ("interrupted", "KILLED")]
+)
+def test_a_kill_after_the_run_had_said_how_it_ended_does_not_change_that(write, database, said, deserved):
+    run_dir = write(range(3), status=None)
+    (run_dir / "status.json").write_text(json.dumps({"status": said, "step": 2, "attempt": 1}))
+    assert drain(run_dir, database).status == deserved
+    write(range(3, 5), from_step=2, status=None)  # another attempt, of which nothing is said
+    assert drain(run_dir, database).status == "KILLED"
+
+
+def test_a_report_that_is_too_large_stays_where_it_is_and_the_run_goes_on(tmp_path, caplog):
+    tracker = Tracker.start(tmp_path, TrackingConfig(uri=None), RunConfig(dir="x"), params={}, tags={})
+    with (tmp_path / "large.jsonl").open("wb") as file:
+        file.truncate(MAX_ARTIFACT_BYTES + 1)
+    with caplog.at_level("WARNING", "pretrain"):
+        tracker.artifact(Path("large.jsonl"))
+        tracker.artifact(Path("missing.json"))
+    tracker.finish("FINISHED")
+    assert "large.jsonl has more than" in caplog.text
+    assert "missing.json is not a file" in caplog.text
+    assert '"op":"artifact"' not in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_a_poisoned_line_is_set_aside_alone(write, database):
@@ -236,7 +262,7 @@ def test_one_run_has_one_drainer(write, database):
     run_dir = write(range(1, 5), uri=f"sqlite:///{database}")
     lock = progress.drain_lock(run_dir)
     assert lock.acquire()
-    done = sync(run_dir)
+    done = sync(run_dir, "--timeout", "0.5")
     lock.release()
     assert done.returncode == 7
     assert "another process is delivering" in done.stderr
