@@ -12,8 +12,9 @@ from pathlib import Path
 from pretrain.errors import UserError
 from pretrain.logs import log
 from pretrain.tracking import progress, records
-from pretrain.tracking.deliver import Drainer, deliver
+from pretrain.tracking.deliver import Drainer
 from pretrain.tracking.journal import journal_path
+from pretrain.tracking.store import UnreachableError
 
 QUIET_SECONDS = 900.0
 """A journal may be locked by a process of another node, which not every file system shows: a run is called dead only
@@ -39,8 +40,8 @@ class Watch:
             time.sleep(every_seconds)
 
     def round(self) -> int:
-        """Deliver what every run has to give; returns the lines that are left. A store that does not answer is asked
-        once."""
+        """Deliver what every run has to give; returns the lines that wait for a store. One that does not answer is asked
+        once a round."""
         silent: dict[str, str] = {}
         left = 0
         for run in (run for place in self._places for run in find_runs(place)):
@@ -59,18 +60,23 @@ class Watch:
         """Why it did not work, or None."""
         drainer = self._drainers.setdefault((run, uri), Drainer(run, uri, quiet_seconds=QUIET_SECONDS))
         before = progress.count_unsent(run)
-        if deliver(drainer, lambda: True, 0.0):
-            last = records.last_record(journal_path(run))
-            ended = f", and it has ended: {last['status']}" if last and last["op"] == "status" else ""
-            if before:
-                log.info("%s: %d records delivered", run, before)
-            self._say(run, f"everything is in MLflow{ended}")
-        elif drainer.error is None:
-            self._say(run, "its own process is delivering")
-        else:
-            error, drainer.error = drainer.error, None
+        try:
+            with drainer.turn() as is_mine:
+                if not is_mine:
+                    self._say(run, "its own process is delivering")
+                    return None
+                while drainer.advance():
+                    pass
+                drainer.close_abandoned()
+        except UnreachableError as error:
+            drainer.note_error(error)
             self._say(run, f"waits for {uri}: {error}")
-            return error
+            return str(error)
+        if before:
+            log.info("%s: %d records delivered", run, before)
+        last = records.last_record(journal_path(run))
+        ended = f", and it has ended: {last['status']}" if last and last["op"] == "status" else ""
+        self._say(run, f"everything is in MLflow{ended}")
         return None
 
     def _say(self, run: Path, words: str) -> None:
