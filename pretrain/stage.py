@@ -31,8 +31,9 @@ from pretrain.logs import log
 from pretrain.metrics import Meter, peak_flops
 from pretrain.model import InitialWeights, forward_flops, num_parameters
 from pretrain.stop import StopFlag
-from pretrain.tracking import Tracker
+from pretrain.tracking import SystemMetrics, Tracker
 from pretrain.tracking.records import Status
+from pretrain.tracking.system import node_of
 from pretrain.trainer import Outcome, Start, Trainer
 from pretrain.transfer import Transfer, transfer
 
@@ -83,6 +84,8 @@ def run_stage(
                 run_dir.write_config(directory, config, plan)
                 run_dir.write_status(directory, "running", start.step, attempt=tracker.attempt)
                 _announce(plan, config, start)
+        if config.tracking.system_seconds is not None:
+            _look_at_nodes(stack, config.tracking.system_seconds, ranks, directory, tracker)
         handed = None
         if found is None and config.init is not None:
             handed = _hand_off(config, config.init, ranks)
@@ -225,6 +228,18 @@ def _start_tracking(config: Config, plan: Plan, data: Data, start: Start, direct
     return tracker
 
 
+def _look_at_nodes(
+    stack: ExitStack, every_seconds: float, ranks: Ranks, directory: Path, tracker: Tracker | None
+) -> None:
+    """Have one rank of each node log how busy it is, until the stack unwinds. All ranks."""
+    hosts: list[str] = ranks.gather(run_dir.node())
+    node, num_nodes = node_of(ranks.rank, hosts), len(set(hosts))
+    if tracker is not None:
+        tracker.tags({"nodes": " ".join(dict.fromkeys(hosts))})
+    if node is not None:
+        stack.enter_context(SystemMetrics(directory, node, num_nodes, every_seconds, tracker))
+
+
 def _announce(plan: Plan, config: Config, start: Start) -> None:
     table = Table(
         "plan", f"{num_parameters(config.model):,} parameters, from step {start.step:,}", title=config.run.dir
@@ -267,14 +282,10 @@ def _finish(tracker: Tracker, status: Status) -> None:
 
 
 def _attach(directory: Path, tracker: Tracker, *names: str) -> None:
-    """Keep those of these files that exist with the run, as far as they are small enough for MLflow."""
+    """Keep those of these files that exist with the run."""
     for name in names:
-        if not (directory / name).is_file():
-            continue
-        try:
+        if (directory / name).is_file():
             tracker.artifact(Path(name))
-        except ValueError as error:
-            log.warning("%s; it stays in the run directory only", error)
 
 
 def _conclude(outcome: Outcome, directory: Path, tracker: Tracker) -> None:

@@ -207,6 +207,10 @@ class TrackingConfig(Section):
     run_name: str | None = Field(
         None, description="name of the run; none: the run directory's last two parts"
     )
+    system_seconds: Annotated[float, Field(gt=0)] | None = Field(
+        30.0,
+        description="seconds between two looks at processor, memory, disk, network, GPUs of each node; none: no looks",
+    )
 
 
 class Config(Section):

@@ -7,11 +7,14 @@
 5. `drain`     that process; `progress` is its note of how far it came, `target` the address it was given
 6. `deliver`   journal lines to MLflow's entities, in order, again and again until they are there
 7. `store`     MLflow's side: runs found or created, errors sorted
+8. `watch`     6 and 7 for many runs, from a node that has a route to MLflow
+9. `system`    how busy each node is, through the same journal
 
-Only 6 and 7 import mlflow or wait for a network, and training imports neither.
+Only 6 to 8 import mlflow or wait for a network, and training imports none of them.
 """
 
 from pretrain.tracking.journal import Journal
+from pretrain.tracking.system import SystemMetrics
 from pretrain.tracking.tracker import Tracker
 
-__all__ = ["Journal", "Tracker"]
+__all__ = ["Journal", "SystemMetrics", "Tracker"]

@@ -184,11 +184,11 @@ class Drainer:
 
     def _items(self, record: Record) -> Iterator[Item]:
         """What a line stands for in MLflow's terms."""
-        if record["op"] != "metrics":
+        if record["op"] in ("params", "tags"):
             entity = Param if record["op"] == "params" else RunTag
             for name, text in record["values"].items():
                 yield entity(name, text)
-        elif not self._is_superseded(record):
+        elif record["op"] == "system" or not self._is_superseded(record):
             known = record.get("known", {})
             for name, measured in record["values"].items():
                 value, stamp = known.get(name) or (measured, record["time"])

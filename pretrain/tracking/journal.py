@@ -6,6 +6,7 @@ at most the last `FSYNC_SECONDS`.
 """
 
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -47,9 +48,12 @@ class Journal:
 
     def __init__(self, descriptor: int, run_dir: Path, history: _History, clock: Callable[[], float]) -> None:
         self._descriptor = descriptor
+        self._lock = threading.Lock()
+        self._is_closed = False
         self._run_dir = run_dir.resolve()
         self._clock = clock
         self._last_time = history.time
+        self._began = clock() if history.run is None else history.run["time"] / 1000
         self._points = history.points
         self._params = history.params
         self._names: set[str] = set()
@@ -119,6 +123,13 @@ class Journal:
             self._warn_of_divergence(step, diverged[0], checked[diverged[0]])
         self._append("metrics", step=int(step), values=checked, **({"known": known} if known else {}))
 
+    def system(self, values: Mapping[str, float], seconds: float) -> None:
+        """Log figures of a machine, seen at the time `seconds`. May be called by another thread than the rest; raises
+        `RunDirError` after `close`."""
+        self._check_names(values)
+        second = max(0, round(seconds - self._began))
+        self._append("system", step=second, values=records.check_values(values))
+
     def params(self, values: Mapping[str, object]) -> None:
         """Log settings. MLflow's parameters cannot change, so one that did since it was first logged becomes the tag
         `attempt_N/NAME`."""
@@ -165,7 +176,9 @@ class Journal:
         """Write how the attempt ended, and put the pen down."""
         self._append("status", status=status)
         self.sync()
-        os.close(self._descriptor)
+        with self._lock:
+            self._is_closed = True
+            os.close(self._descriptor)
 
     def _check_names(self, values: Mapping[str, object]) -> None:
         for name in values:
@@ -177,20 +190,26 @@ class Journal:
         return {name: redact_setting(name, str(value)) for name, value in values.items()}
 
     def _append(self, op: str, **content: object) -> None:
-        self._last_time = max(round(self._clock() * 1000), self._last_time)
-        record: Record = {"op": op, "attempt": self.attempt, "time": self._last_time, **content}
-        line = records.encode(record)
         try:
-            written = os.write(self._descriptor, line)
-            if written < len(line):  # a full disk took part of it: leave no half line before the next one
-                os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
-                raise RunDirError(f"{journal_path(self._run_dir)}: no space left for a line of the journal")
-            if time.monotonic() - self._synced_at > FSYNC_SECONDS:
+            with self._lock:
+                self._write(op, content)
+            if op != "system" and time.monotonic() - self._synced_at > FSYNC_SECONDS:
                 self.sync()
         except OSError as error:
             raise RunDirError(
                 f"cannot write {journal_path(self._run_dir)}: {error.strerror or error}"
             ) from None
+
+    def _write(self, op: str, content: Mapping[str, object]) -> None:
+        if self._is_closed:
+            raise RunDirError(f"{journal_path(self._run_dir)} is closed: this attempt is over")
+        self._last_time = max(round(self._clock() * 1000), self._last_time)
+        record: Record = {"op": op, "attempt": self.attempt, "time": self._last_time, **content}
+        line = records.encode(record)
+        written = os.write(self._descriptor, line)
+        if written < len(line):  # a full disk took part of it: leave no half line before the next one
+            os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
+            raise RunDirError(f"{journal_path(self._run_dir)}: no space left for a line of the journal")
 
     def _warn_of_divergence(self, step: int, name: str, value: float | None) -> None:
         if not self._warned:

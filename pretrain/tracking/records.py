@@ -3,6 +3,7 @@
     {"op": "run", "format": 1, "uid", "experiment", "name", "campaign", "time"}        first line, once
     {"op": "attempt", "attempt", "from_step", "uri", "time"}                           a process takes over
     {"op": "metrics", "attempt", "step", "time", "values": {name: value}, "known": {name: [value, time]}}
+    {"op": "system", "attempt", "step", "time", "values": {name: value}}               machines; step: second of the run
     {"op": "params" | "tags", "attempt", "time", "values": {name: text}}
     {"op": "dataset", "attempt", "time", "name", "digest", "source", "context"}
     {"op": "artifact", "attempt", "time", "path"}                                      path below the run directory
@@ -14,7 +15,7 @@ the same point sent twice is one point. They never fall within a journal, whatev
 An attempt that begins at `from_step` takes the place of what earlier attempts wrote about later steps.
 `known` names the values of a line that stand for a point written before: an equal value of a step that was executed
 again keeps its first time, and a wall-clock value (`WALL_CLOCK`) keeps its first value too. Those points are what
-MLflow gets; `values` is what this attempt measured. NaN is null; an infinity is clamped to the largest float.
+MLflow gets; `values` is what this attempt measured. Lines of `system` belong to the clock: nothing takes their place. NaN is null; an infinity is clamped to the largest float.
 """
 
 import json
@@ -41,6 +42,7 @@ _FIELDS: dict[str, dict[str, type]] = {
     "run": {**_STAMP, "uid": str, "experiment": str, "name": str},
     "attempt": {**_STAMP, "from_step": int},
     "metrics": {**_STAMP, "step": int, "values": dict},
+    "system": {**_STAMP, "step": int, "values": dict},
     "params": {**_STAMP, "values": dict},
     "tags": {**_STAMP, "values": dict},
     "dataset": {**_STAMP, "name": str, "digest": str, "source": str, "context": str},

@@ -11,7 +11,7 @@ from pretrain.config.schema import RunConfig, TrackingConfig
 from pretrain.errors import RunDirError
 from pretrain.lineage import code_facts
 from pretrain.logs import log
-from pretrain.tracking import progress
+from pretrain.tracking import progress, system
 from pretrain.tracking.journal import Journal
 from pretrain.tracking.records import Status
 from pretrain.tracking.target import resolve_uri, sqlite_path
@@ -67,6 +67,7 @@ class Tracker:
             uri=uri,
             from_step=from_step,
         )
+        system.forget(run_dir)
         journal.params(params)
         journal.tags({**_origin(), **tags})
         if uri is None:
@@ -82,6 +83,10 @@ class Tracker:
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Log values of a step; see `Journal.metrics`."""
         self._journal.metrics(step, values)
+
+    def system(self, values: Mapping[str, float], seconds: float) -> None:
+        """Log figures of a machine; see `Journal.system`. Another thread may call it."""
+        self._journal.system(values, seconds)
 
     def tags(self, values: Mapping[str, object]) -> None:
         """Set labels of the run."""
