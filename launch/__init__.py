@@ -10,5 +10,6 @@
     queue      sbatch, squeue, scancel
     progress   how far the stages of a chain are
     attempt    the batch script's questions: may this job start, and what now that it ended (`verdict`)
+    mlflow_server  a tracking server for a cluster, `launch/mlflow-server`
     preflight  every rank sees its device, the network, the shards and the run directory
 """

@@ -4,7 +4,8 @@
 2. `redact`    secrets are taken out before anything is written
 3. `journal`   rank 0 appends one line per call to `RUN/metrics.jsonl`; this file is the truth
 4. `tracker`   what the trainer talks to: a journal, and the drainer process that reads it
-5. `drain`     that process; `progress` is its note of how far it came, `target` the address it was given
+5. `drain`     that process; `progress` is its note of how far it came, `target` the address it was given, `mounts`
+               what speaks against a file there
 6. `deliver`   journal lines to MLflow's entities, in order, again and again until they are there
 7. `store`     MLflow's side: runs found or created, errors sorted
 8. `watch`     6 and 7 for many runs, from a node that has a route to MLflow

@@ -13,6 +13,7 @@ from pretrain.lineage import code_facts
 from pretrain.logs import log
 from pretrain.tracking import progress, system
 from pretrain.tracking.journal import Journal
+from pretrain.tracking.mounts import sqlite_trouble
 from pretrain.tracking.records import Status
 from pretrain.tracking.target import resolve_uri, sqlite_path
 
@@ -72,7 +73,11 @@ class Tracker:
         journal.tags({**_origin(), **tags})
         if uri is None:
             return cls(run_dir, journal, None, 0.0)
-        grace = SERVER_GRACE_SECONDS if sqlite_path(uri) is None else FILE_GRACE_SECONDS
+        database = sqlite_path(uri)
+        trouble = None if database is None else sqlite_trouble(database)
+        if trouble:
+            log.warning("%s, or to null and deliver later (pretrain track sync)", trouble)
+        grace = SERVER_GRACE_SECONDS if database is None else FILE_GRACE_SECONDS
         return cls(run_dir, journal, _start_drainer(run_dir, uri, grace), grace)
 
     @property
