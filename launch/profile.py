@@ -16,7 +16,7 @@ from launch import plain
 from pretrain.config.load import MAX_BYTES, read_settings
 from pretrain.config.section import Positive, Section
 from pretrain.errors import ConfigError
-from pretrain.tracking.redact import redact_setting
+from pretrain.redact import redact_setting
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "slurm"
 """Beside this package, in a clone and where it is installed."""

@@ -22,9 +22,9 @@ from pretrain.checkpoint.layout import replace_file
 from pretrain.config import Config, dump
 from pretrain.errors import RunDirError
 from pretrain.lineage import code_changes, code_facts
+from pretrain.redact import redact_text
 from pretrain.run_dir import check_writable
 from pretrain.tracking.locks import LockFile
-from pretrain.tracking.redact import redact_text
 
 RECORD = "job.json"
 

@@ -5,18 +5,23 @@ the user's mistake        `UserError.exit_code`, the message alone on stderr; th
 wrong use of the command  2, click's own message
 Ctrl-C                    130, in silence
 a bug of ours             1, with its traceback
+
+Secrets are taken out of all of it.
 """
 
+import io
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import NoReturn
 
 import click
 
 from pretrain import logs
 from pretrain.errors import UserError
+from pretrain.redact import redact_text
 from pretrain.world import World
 
 DEBUG = "--debug"
@@ -27,20 +32,24 @@ def run(command: click.Command, name: str) -> NoReturn:
     """Run `command` on the process's arguments and exit. `--debug` is taken out wherever it stands."""
     arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
     debug = len(arguments) < len(sys.argv[1:])
+    sys.excepthook = _show_bug
     try:
         result = command.main(arguments, prog_name=name, standalone_mode=False)
     except UserError as error:
-        if debug:
-            traceback.print_exc()
-        else:
-            click.echo(f"Error: {error}", err=True)
+        click.echo(redact_text(traceback.format_exc() if debug else f"Error: {error}"), err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        words = io.StringIO()
+        error.show(words)
+        click.echo(redact_text(words.getvalue()), nl=False, err=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(INTERRUPTED)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    click.echo(redact_text("".join(traceback.format_exception(kind, error, trace))), nl=False, err=True)
 
 
 @contextmanager

@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from pretrain.redact import redact_text
+
 log = logging.getLogger("pretrain")
 
 _FORMAT = "%(asctime)s %(levelname).1s %(message)s"
@@ -48,7 +50,7 @@ def redirect(library: str, path: Path) -> None:
 def to_file_only(path: Path, error: BaseException) -> None:
     """Append an error with its traceback to a rank's log file, and say nothing on the terminal."""
     with path.open("a") as file:
-        file.writelines(traceback.format_exception(error))
+        file.write(redact_text("".join(traceback.format_exception(error))))
 
 
 @contextlib.contextmanager
@@ -58,6 +60,13 @@ def quiet_stdout(path: Path) -> Iterator[None]:
         yield
 
 
+class _Formatter(logging.Formatter):
+    """Takes secrets out, those of other libraries' messages and of tracebacks too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact_text(super().format(record))
+
+
 def _attach(logger: logging.Logger, handler: logging.Handler, form: str) -> None:
-    handler.setFormatter(logging.Formatter(form, datefmt="%H:%M:%S"))
+    handler.setFormatter(_Formatter(form, datefmt="%H:%M:%S"))
     logger.addHandler(handler)

@@ -23,6 +23,7 @@ from pretrain.checkpoint.layout import checkpoints, config_of, read_manifest, re
 from pretrain.config import Config, Plan, dump
 from pretrain.config.resume import FIXED, Refused, changed_keys, check_allowed, refused
 from pretrain.errors import CheckpointError, ConfigError, RunDirError, UserError
+from pretrain.redact import redact_text
 
 CONFIG = "config.yaml"
 PLAN = "plan.json"
@@ -108,7 +109,7 @@ def record_failure(run_dir: Path, rank: int, error: BaseException, words: str) -
     facts = {
         "rank": rank,
         "node": node(),
-        "words": words,
+        "words": redact_text(words),
         "retry": not mend,
         "exit_code": error.exit_code if isinstance(error, UserError) else 1,
     }

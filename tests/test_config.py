@@ -430,3 +430,21 @@ def test_a_setting_that_cannot_take_effect_is_named(given: list[str], idle: list
 def test_a_decay_rate_of_one_is_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match=r"optim\.betas.*less than 1"):
         read(SMALLEST, "optim.betas=[0.9, 1.0]")
+
+
+@pytest.mark.parametrize(
+    ("override", "where"),
+    [
+        ("run.campaign=token=hunter2", "run.campaign"),
+        ("tracking.uri=http://me:hunter2@head:5000", "tracking.uri"),
+        ("data.train.shards=s3://bucket/a?X-Amz-Signature=hunter2", "data.train.shards"),
+        ("tracking.hf_token=hunter2", "tracking.hf_token"),
+        ("optim.name=hf_hunter2hunter2hunter2", "optim.name"),
+        ("init={from: https://hunter2@host/x}", "init.from"),
+    ],
+)
+def test_a_secret_in_a_config_is_refused_and_not_repeated(override: str, where: str) -> None:
+    words = "\n".join(mistakes(SMALLEST, override))
+    assert "looks like a secret" in words
+    assert where in words
+    assert "hunter2" not in words

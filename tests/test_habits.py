@@ -13,6 +13,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from click.testing import CliRunner
 
+from launch.mlflow_server import mlflow_server
 from launch.slurm import slurm
 from pretrain.cli import pretrain
 from pretrain.config.load import parse
@@ -105,6 +106,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "launch/pretrain.sh": lambda words: accept(slurm, ["submit", *words]),
     "launch/finetune.sh": lambda words: accept(slurm, ["submit", "--after-init", *words]),
     "launch/pipeline.sh": lambda words: accept(slurm, ["chain", *words]),
+    "launch/mlflow-server": lambda words: accept(mlflow_server, words),
 }
 
 

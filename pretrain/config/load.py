@@ -16,6 +16,7 @@ import yaml
 
 from pretrain.config.schema import Config
 from pretrain.errors import ConfigError
+from pretrain.redact import redact_setting, redact_text
 
 MAX_BYTES = 1_000_000
 Key = tuple[str | int, ...]
@@ -153,12 +154,28 @@ def read_settings(schema: type[Settings], text: str, name: str, overrides: Seque
         settings = schema.model_validate(values)
     except pydantic.ValidationError as error:
         problems += [_explain(problem, located, schema) for problem in error.errors(include_url=False)]
+    problems += _secrets(values, located)
     if problems:
         raise ConfigError(
             f"{len(problems)} mistake{'s' if len(problems) > 1 else ''} in the configuration:\n"
-            + "\n".join(f"  {problem}" for problem in problems)
+            + redact_text("\n".join(f"  {problem}" for problem in problems))
         )
     return settings
+
+
+def _secrets(value: Any, located: _Located, key: Key = ()) -> list[str]:
+    """A complaint for each text that looks like a secret, without showing it."""
+    if isinstance(value, dict):
+        return [text for name, inner in value.items() for text in _secrets(inner, located, (*key, name))]
+    if isinstance(value, tuple):
+        return [text for i, inner in enumerate(value) for text in _secrets(inner, located, (*key, i))]
+    name = ".".join(map(str, key))
+    if not isinstance(value, str) or redact_setting(name, value) == value:
+        return []
+    return [
+        f"{located.where.get(key, located.name)}: {name}: looks like a secret, which has no place here: settings are "
+        "shown, saved and tracked. Give it in the environment"
+    ]
 
 
 def dump(config: Config) -> str:

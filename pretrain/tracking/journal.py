@@ -15,10 +15,10 @@ from pathlib import Path
 
 from pretrain.errors import RunDirError
 from pretrain.logs import log
+from pretrain.redact import redact_setting, redact_text
 from pretrain.tracking import records
 from pretrain.tracking.locks import try_lock
 from pretrain.tracking.records import Record, Status
-from pretrain.tracking.redact import redact_setting, redact_text
 
 FSYNC_SECONDS = 5.0
 LOCK_WAIT_SECONDS = 10.0

@@ -19,9 +19,9 @@ import sqlalchemy.exc
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
+from pretrain.redact import redact_text
 from pretrain.tracking.locks import LockFile
 from pretrain.tracking.records import Record
-from pretrain.tracking.redact import redact_text
 from pretrain.tracking.target import sqlite_path
 
 Item = Metric | Param | RunTag

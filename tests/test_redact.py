@@ -1,6 +1,6 @@
 import pytest
 
-from pretrain.tracking.redact import redact_setting, redact_text
+from pretrain.redact import redact_setting, redact_text
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,8 @@ def test_a_setting_named_like_a_secret_is_hidden_whole(name):
         ("tracking.uri", "sqlite:////home/a@b/runs/mlflow.db"),
         ("author", "somebody@example.org"),
         ("hf_token", "None"),
+        ("words", "override 'tracking.hf_token': unknown key; allowed here: uri"),
+        ("words", "one.yaml:3: tracking.hf_token: looks like a secret, which has no place here"),
     ],
 )
 def test_an_honest_setting_is_kept(name, value):
@@ -37,6 +39,8 @@ def test_an_honest_setting_is_kept(name, value):
         "https://host/x?X-Amz-Signature=1&token=hunter2",
         "cmd --password=hunter2 --x",
         "api_key: hunter2",
+        "password: hunter2 and more",
+        "token:hunter2",
         '{"secret": "hunter2"}',
         "Authorization: Bearer hunter2hunter2",
         "AKIAHUNTER2HUNTER222",

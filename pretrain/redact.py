@@ -1,4 +1,4 @@
-"""Secrets out of what is written down: by the name of a setting, and by the look of a value."""
+"""Secrets out of what is shown or written down: by the name of a setting, and by the look of a value."""
 
 import re
 
@@ -16,10 +16,11 @@ _SECRET_VALUES = [
     for pattern, flags, replacement in (
         # scheme://user:password@host and scheme://token@host
         (r"(\b[a-z][a-z0-9+.\-]*://)[^/\s@'\"]+@", re.IGNORECASE, rf"\1{REDACTED}@"),
-        # ...?token=, &X-Amz-Signature=, --password=, "api_key": "..."
+        # ...?token=, &X-Amz-Signature=, --password=, "api_key": "..."; but not prose, such as `hf_token: unknown key`
         (
             r"((?<![a-z0-9])(?:token|secret|passw(?:or)?d|passphrase|pwd|(?:api|access|secret|private)[_-]?key|"
-            r"sig|signature|credential)[\"']?[ \t]*[=:][ \t]*)(?:[\"'][^\"']+[\"']|[^\s&\"',;}]+)",
+            r"sig|signature|credential)[\"']?[ \t]*(?:=|:(?![ \t][a-z]{1,12} [a-z]))[ \t]*)"
+            r"(?:[\"'][^\"']+[\"']|[^\s&\"',;}]+)",
             re.IGNORECASE,
             rf"\1{REDACTED}",
         ),
