@@ -44,6 +44,7 @@ class Drainer:
         self._batch = MAX_BATCH
         self._mlflow: MlflowRun | None = None
         self._attempts: dict[int, int] = {}
+        self._scanned = 0
         self._is_closed = False
         self.note = Delivered(uri, -1)
         self.error: str | None = None
@@ -110,10 +111,12 @@ class Drainer:
         if self._from_start:
             found.save(self._run_dir)
             self._from_start = False
-        if found.offset != self.note.offset:
+        with self._path.open("rb") as file:
             # Known ahead, so that what a later attempt took the place of is not delivered in the first place.
-            attempts = records.read_ops(self._path, "attempt")
-            self._attempts = {record["attempt"]: record["from_step"] for record in attempts}
+            for line, end in records.read_lines(file, self._scanned):
+                self._scanned = end
+                if line.startswith(b'{"op":"attempt"') and (record := records.decode(line)):
+                    self._attempts[record["attempt"]] = record["from_step"]
         self.note = found
 
     def _deserved_status(self, attempt: int) -> str:
@@ -168,7 +171,6 @@ class Drainer:
     def _deliver_alone(self, record: Record, run: MlflowRun) -> None:
         match record["op"]:
             case "attempt":
-                self._attempts[record["attempt"]] = record["from_step"]
                 self._is_closed = False
                 run.set_status("RUNNING", record["time"])
                 run.log([RunTag("attempt", str(record["attempt"]))])

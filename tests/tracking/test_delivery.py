@@ -69,6 +69,19 @@ def test_values_of_a_later_attempt_replace_those_not_delivered_yet(write, databa
     assert [step for step, _ in stored.points("resume/diverged")] == [6, 7, 8]
 
 
+def test_an_attempt_that_begins_during_an_outage_is_known_before_what_it_replaces_is_delivered(
+    write, database
+):
+    run_dir = write(range(1, 6), status=None)
+    drainer = Drainer(run_dir, f"sqlite:///{database}")
+    assert deliver(drainer, lambda: True, 20.0)
+    write(range(6, 11), from_step=5, status=None)  # none of it arrives before the next attempt begins
+    write(range(8, 12), lambda step: -step, from_step=7)
+    assert deliver(drainer, lambda: True, 20.0)
+    points = Stored(database, run_dir).points("train/loss")
+    assert points == [(step, step if step < 8 else -step) for step in range(1, 12)]
+
+
 def test_values_of_a_later_attempt_are_the_newest_where_others_were_delivered(write, database):
     run_dir = write(range(1, 11), status=None)
     drain(run_dir, database)
