@@ -4,9 +4,10 @@ import re
 
 REDACTED = "***"
 
-# Singular only: `num_tokens` is a count.
+# Singular only: `num_tokens` is a count. Weights of a ViT are called `cls_token` and the like.
+_NO_WEIGHT = r"(?<!cls_)(?<!reg_)(?<!mask_)(?<!dist_)"
 _SECRET_NAME = re.compile(
-    r"(?:^|[^a-z0-9])(?:token|secret|passw(?:or)?d|passphrase|pwd|credentials?|auth|authorization|"
+    rf"(?:^|[^a-z0-9]){_NO_WEIGHT}(?:token|secret|passw(?:or)?d|passphrase|pwd|credentials?|auth|authorization|"
     r"(?:api|access|secret|private)[_-]?key)(?:$|[^a-z0-9])",
     re.IGNORECASE,
 )
@@ -18,20 +19,24 @@ _SECRET_VALUES = [
         (r"(\b[a-z][a-z0-9+.\-]*://)[^/\s@'\"]+@", re.IGNORECASE, rf"\1{REDACTED}@"),
         # ...?token=, &X-Amz-Signature=, --password=, "api_key": "..."; but not prose, such as `hf_token: unknown key`
         (
-            r"((?<![a-z0-9])(?:token|secret|passw(?:or)?d|passphrase|pwd|(?:api|access|secret|private)[_-]?key|"
+            rf"((?<![a-z0-9]){_NO_WEIGHT}(?:token|secret|passw(?:or)?d|passphrase|pwd|(?:api|access|secret|private)[_-]?key|"
             r"sig|signature|credential)[\"']?[ \t]*(?:=|:(?![ \t][a-z]{1,12} [a-z]))[ \t]*)"
             r"(?:[\"'][^\"']+[\"']|[^\s&\"',;}]+)",
             re.IGNORECASE,
             rf"\1{REDACTED}",
         ),
-        (r"(\b(?:bearer|basic)\s+)[\w.~+/=\-]{8,}", re.IGNORECASE, rf"\1{REDACTED}"),
+        # with a figure or padding in it: `basic augmentation` is no header
+        (r"(\b(?:bearer|basic)\s+)(?=\S*[0-9=])[\w.~+/=\-]{8,}", re.IGNORECASE, rf"\1{REDACTED}"),
         (
             r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
             re.DOTALL,
             REDACTED,
         ),
         (r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b", 0, REDACTED),  # AWS
-        (r"\b(?:hf|gh[pousr]|github_pat|glpat|sk|xox[abprs]|npm|pypi)[_\-][\w\-]{16,}", 0, REDACTED),
+        # as Hugging Face, GitHub, npm, GitLab, Slack, PyPI and others mark theirs; `hf-vit-base-patch16-224` is a folder
+        (r"\b(?:hf|gh[pousr]|npm)_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}", 0, REDACTED),
+        (r"\b(?:glpat|xox[abprs]|pypi)-[\w\-]{16,}", 0, REDACTED),
+        (r"\bsk-(?=[\w\-]*[0-9])(?=[\w\-]*[A-Z])[\w\-]{20,}", 0, REDACTED),
         (r"\beyJ[\w\-]{8,}\.[\w\-]{8,}\.[\w\-]*", 0, REDACTED),  # JSON web token
     )
 ]
