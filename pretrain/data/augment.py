@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.config import AugmentConfig, ModelConfig
-from pretrain.data.crops import INCEPTION_DRAWS, SIMPLE_DRAWS, Box, inception_box, simple_crop
+from pretrain.data.box import Box, Pixels, crop, whole
+from pretrain.data.crops import INCEPTION_DRAWS, SIMPLE_DRAWS, inception_box, simple_crop
 from pretrain.data.policies import Policy
-from pretrain.data.resize import Pixels, mirror, resize
+from pretrain.data.resize import mirror, resize
 from pretrain.draws import FloatArray, IntArray, Stream, split64, uniform
 
 _TRIES = 10
@@ -41,31 +42,30 @@ class TrainView:
         view = uniform(self._seed, Stream.AUGMENT, self._num_draws, low, high, epoch)
         return np.concatenate([view, self._policy.draws(low, high, epoch)], axis=1)
 
+    def part(self, draws: FloatArray, height: int, width: int) -> Box:
+        """What the view of a picture of that size shows of it; draws: a row of `draws`."""
+        config = self._config
+        match config.crop:
+            case "random_resized":
+                return random_resized_box(height, width, config.scale, config.ratio, draws)
+            case "inception":
+                tries = draws[:INCEPTION_DRAWS].reshape(-1, 4).tolist()
+                return inception_box(height, width, config.scale, config.ratio, tries)
+            case "resize_crop":
+                return middle(height, width)
+        return whole(height, width)
+
     def render(self, pixels: Pixels, draws: FloatArray, out: Pixels) -> None:
-        """Write one view of `pixels` [h, w, C] into `out` [H, W, C]; draws: a row of `draws`."""
+        """Write a view into `out` [H, W, C] of `pixels` [h, w, C], the `part` of the picture; draws: as there."""
         view, policy = draws[: self._num_draws], draws[self._num_draws :]
-        self._crop(pixels, view, out)
+        if self._config.crop == "resize_crop":
+            covering = _resized(pixels, covering_size(pixels.shape, out.shape, 1.0), self._interpolation)
+            pixels = simple_crop(covering, out.shape[:2], view[:SIMPLE_DRAWS])
+        resize(pixels, out, self._interpolation)
         if self._config.hflip and view[-1] < 0.5:
             mirror(out)
         if self._policy.num_draws > 0:
             out[...] = self._policy.apply(out, policy)
-
-    def _crop(self, pixels: Pixels, draws: FloatArray, out: Pixels) -> None:
-        """`pixels` cropped as the config says, at the size of `out`, written there."""
-        config, (height, width, channels) = self._config, pixels.shape
-        match config.crop:
-            case "random_resized":
-                pixels = crop(pixels, random_resized_box(height, width, config.scale, config.ratio, draws))
-            case "inception":
-                tries = draws[:INCEPTION_DRAWS].reshape(-1, 4).tolist()
-                pixels = crop(pixels, inception_box(height, width, config.scale, config.ratio, tries))
-            case "resize_crop":
-                pixels = middle(pixels)
-                size = covering_size(pixels.shape[:2], out.shape[:2], 1.0)
-                covering = np.empty((*size, channels), np.uint8)
-                resize(pixels, covering, self._interpolation)
-                pixels = simple_crop(covering, out.shape[:2], draws[:SIMPLE_DRAWS])
-        resize(pixels, out, self._interpolation)
 
 
 class EvalView:
@@ -78,14 +78,15 @@ class EvalView:
         """Nothing is drawn: float64 [n, 0]."""
         return np.empty((len(sample), 0))
 
+    def part(self, draws: FloatArray, height: int, width: int) -> Box:
+        """What of a picture of that size the view is made of."""
+        return middle(height, width)
+
     def render(self, pixels: Pixels, draws: FloatArray, out: Pixels) -> None:
-        """Write the view of `pixels` [h, w, C] into `out` [H, W, C]."""
-        pixels = middle(pixels)
-        height, width, channels = out.shape
-        covering = covering_size(pixels.shape[:2], (height, width), self._val_crop)
-        resized = np.empty((*covering, channels), np.uint8)
-        resize(pixels, resized, self._interpolation)
-        out[...] = crop(resized, centre_box(covering, (height, width)))
+        """Write the view of `pixels` [h, w, C], the `part` of the picture, into `out` [H, W, C]."""
+        covering = covering_size(pixels.shape, out.shape, self._val_crop)
+        resized = _resized(pixels, covering, self._interpolation)
+        out[...] = crop(resized, centre_box(covering, out.shape))
 
 
 def random_resized_box(
@@ -113,14 +114,13 @@ def random_resized_box(
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
 
 
-def middle(pixels: Pixels) -> Pixels:
+def middle(height: int, width: int) -> Box:
     """All of a picture; of one that is more than `LONGEST` times as long as wide, the middle of that shape.
 
     To cover a square with a thread of pixels takes thousands of squares, of which a crop shows a pixel or two.
     """
-    height, width, _ = pixels.shape
     rows, columns = min(height, LONGEST * width), min(width, LONGEST * height)
-    return crop(pixels, Box((height - rows) // 2, (width - columns) // 2, rows, columns))
+    return Box((height - rows) // 2, (width - columns) // 2, rows, columns)
 
 
 def covering_size(image: tuple[int, ...], size: tuple[int, ...], keep: float) -> tuple[int, int]:
@@ -131,11 +131,12 @@ def covering_size(image: tuple[int, ...], size: tuple[int, ...], keep: float) ->
     return max(height, width * image[0] // image[1]), width
 
 
-def centre_box(image: tuple[int, int], size: tuple[int, int]) -> Box:
+def centre_box(image: tuple[int, ...], size: tuple[int, ...]) -> Box:
     """Rounds half to even, as torchvision's `CenterCrop` does."""
-    return Box(round((image[0] - size[0]) / 2), round((image[1] - size[1]) / 2), *size)
+    return Box(round((image[0] - size[0]) / 2), round((image[1] - size[1]) / 2), size[0], size[1])
 
 
-def crop(pixels: Pixels, box: Box) -> Pixels:
-    """The part of `pixels` in `box`; the same memory."""
-    return pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+def _resized(pixels: Pixels, size: tuple[int, int], interpolation: str) -> Pixels:
+    resized = np.empty((*size, pixels.shape[2]), np.uint8)
+    resize(pixels, resized, interpolation)
+    return resized

@@ -1,11 +1,10 @@
 """Random crops beside torchvision's (`augment`): TensorFlow's, and DeiT-3's simple one. Sizes are (height, width)."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from pretrain.data.resize import Pixels
+from pretrain.data.box import Box, Pixels
 from pretrain.draws import FloatArray, IntArray
 
 INCEPTION_TRIES = 100
@@ -17,15 +16,6 @@ SIMPLE_DRAWS = 2
 
 SIMPLE_PADDING = 4
 """Pixels that DeiT-3 adds on each side by reflection (Touvron et al. 2022, arXiv 2204.07118, section 3.3)."""
-
-
-class Box(NamedTuple):
-    """A crop in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
 
 
 def inception_box(

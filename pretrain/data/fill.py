@@ -8,12 +8,12 @@ import numpy.typing as npt
 
 from pretrain.config import DataConfig, ModelConfig
 from pretrain.data.augment import EvalView, TrainView
+from pretrain.data.box import Box, Pixels
 from pretrain.data.dataset import Dataset
 from pretrain.data.decode import decode
 from pretrain.data.order import Rows
 from pretrain.data.quarantine import BadSample, replaced
 from pretrain.data.reader import Reader
-from pretrain.data.resize import Pixels
 from pretrain.data.tar import Sample
 from pretrain.draws import IntArray
 from pretrain.errors import BadSampleError, DataError
@@ -54,14 +54,15 @@ class Filler:
         bad = []
         for i, sample in enumerate(self._read(rows)):
             shard, number = int(rows.shard[i]), int(rows.sample[i])
+            part = partial(self._view.part, draws[i])
             try:
-                pixels, label = self._decode(shard, number, sample)
+                pixels, label = self._decode(part, shard, number, sample)
             except BadSampleError as error:
                 if not self._replace_bad:
                     raise DataError(f"{error}\n  {_NOT_REPLACED}") from None
                 bad.append(self._bad(rows, i, error))
                 samples = self._dataset.shards[shard].samples
-                pixels, label = replaced(number, samples, partial(self._decode, shard))
+                pixels, label = replaced(number, samples, partial(self._decode, part, shard))
             self._view.render(pixels, draws[i], images[i])
             labels[i] = label
         return bad
@@ -73,14 +74,19 @@ class Filler:
         except BadSampleError:
             return [None] * len(rows.shard)
 
-    def _decode(self, shard: int, number: int, sample: Sample | None = None) -> tuple[Pixels, int]:
-        """Picture and class of a sample, read here where it is not given; raises `BadSampleError` naming it."""
+    def _decode(
+        self, part: Callable[[int, int], Box], shard: int, number: int, sample: Sample | None = None
+    ) -> tuple[Pixels, int]:
+        """Part of the picture, and class of a sample, read here where it is not given.
+
+        Raises `BadSampleError` naming it.
+        """
         if sample is None:
             [sample] = self._reader.read(np.array([shard]), np.array([number]))
         try:
             if sample.label >= self._model.num_classes:
                 raise BadSampleError(f"label {sample.label}; model.num_classes is {self._model.num_classes}")
-            return decode(sample.image, self._model.in_chans, self._max_pixels), sample.label
+            return decode(sample.image, self._model.in_chans, self._max_pixels, part), sample.label
         except BadSampleError as bad:
             where = f"{self._dataset.paths[shard]}, sample {number}"
             raise BadSampleError(bad.reason, where, sample.key) from None

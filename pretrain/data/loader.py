@@ -29,6 +29,7 @@ from pretrain.config import DataConfig, ModelConfig, Plan
 from pretrain.data.augment import EvalView, TrainView
 from pretrain.data.buffers import Ring
 from pretrain.data.dataset import Dataset
+from pretrain.data.decode import log_decoder
 from pretrain.data.fill import Filler
 from pretrain.data.order import Rows, evaluation_slice
 from pretrain.data.quarantine import BadSample
@@ -166,6 +167,7 @@ class TrainLoader(_Loader):
         """plan: made for this data set; seed: of the order and of every draw. Starts threads: close it."""
         make_view = partial(TrainView, data.augment, model, data.interpolation, seed)
         replace_bad = data.max_bad_share > 0
+        log_decoder()
         super().__init__(
             dataset, data, model, plan, make_view, data.prefetch_steps,
             in_use=blocks_in_use(plan, data),

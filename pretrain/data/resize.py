@@ -6,7 +6,7 @@ release the GIL. `docs/loading.md` says what they were measured against.
 
 import torch
 
-from pretrain.data.decode import Pixels
+from pretrain.data.box import Pixels
 
 __all__ = ["Pixels", "mirror", "resize"]
 

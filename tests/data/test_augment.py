@@ -9,6 +9,7 @@ from torchvision.transforms.functional import pad
 
 from pretrain.config import AugmentConfig, ModelConfig
 from pretrain.data.augment import NUM_DRAWS, EvalView, TrainView, middle, random_resized_box
+from pretrain.data.box import Box, crop, whole
 from pretrain.data.crops import INCEPTION_DRAWS, inception_box
 from pretrain.data.policies import Policy
 from pretrain.data.resize import resize
@@ -29,7 +30,7 @@ def rendered(
     """The view as it stands in a row of a batch; the rows around it stay as they were."""
     pixels = pixels_of(picture)
     batch = np.full((3, *size, pixels.shape[2]), 77, np.uint8)
-    view.render(pixels, draws, batch[1])
+    view.render(crop(pixels, view.part(draws, *pixels.shape[:2])), draws, batch[1])
     assert (batch[[0, 2]] == 77).all()
     return batch[1] if pixels.shape[2] == 3 else batch[1, :, :, 0]
 
@@ -220,12 +221,12 @@ def test_a_thread_of_pixels_is_no_bomb(shape: tuple[int, int, int]) -> None:
     """To cover 224 pixels with all of it would take 75 GB."""
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     out = np.zeros((224, 224, shape[2]), np.uint8)
-    EvalView(1.0, "bilinear").render(pixels, np.empty(0), out)
+    view, draws = EvalView(1.0, "bilinear"), np.empty(0)
+    view.render(crop(pixels, view.part(draws, *shape[:2])), draws, out)
     centre = pixels.reshape(-1, shape[2])[shape[0] * shape[1] // 2 - 2 : shape[0] * shape[1] // 2 + 2]
     assert centre.min() <= out.min() <= out.max() <= centre.max()
 
 
 def test_pictures_up_to_64_times_as_long_as_wide_are_looked_at_whole() -> None:
-    pixels = np.zeros((3, 192, 3), np.uint8)
-    assert middle(pixels).shape == (3, 192, 3)
-    assert middle(np.zeros((3, 193, 3), np.uint8)).shape == (3, 192, 3)
+    assert middle(3, 192) == whole(3, 192)
+    assert middle(3, 194) == Box(0, 1, 3, 192)

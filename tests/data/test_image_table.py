@@ -4,6 +4,7 @@ import io
 import re
 import struct
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from sklearn.datasets import load_sample_images
 
 from pretrain.config import AugmentConfig, ModelConfig
 from pretrain.data.augment import EvalView, TrainView, random_resized_box
+from pretrain.data.box import crop
 from pretrain.data.decode import decode
 from pretrain.errors import BadSampleError
 
@@ -181,7 +183,7 @@ def test_views_of_photographs_are_pillows_within_a_tenth_of_a_grey_level(in_chan
             kernel = getattr(Image.Resampling, interpolation.upper())
             expected = np.asarray(cut.resize((96, 96), kernel)).reshape(96, 96, in_chans)
             found = np.empty((96, 96, in_chans), np.uint8)
-            view.render(decode(data, in_chans, 10**6), draws, found)
+            view.render(decode(data, in_chans, 10**6, partial(view.part, draws)), draws, found)
             difference = np.abs(found.astype(int) - expected)
             means.append(difference.mean())
             largest = max(largest, difference.max())
@@ -205,4 +207,5 @@ def test_tiny_and_oblong_pictures_are_pillows_too(size, target, in_chans):
         assert (batch[[0, 2]] == 77).all()  # nothing is written beside the row
         assert np.abs(batch[1].astype(int) - np.asarray(expected).reshape(batch[1].shape)).max() <= 2
         evaluated = np.empty((*target, in_chans), np.uint8)
-        EvalView(0.875, interpolation).render(pixels, np.empty(0), evaluated)
+        evaluation, draws = EvalView(0.875, interpolation), np.empty(0)
+        evaluation.render(crop(pixels, evaluation.part(draws, *size)), draws, evaluated)

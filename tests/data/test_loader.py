@@ -2,6 +2,7 @@ import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -194,7 +195,8 @@ def test_a_row_is_its_samples_view_drawn_by_its_number_in_the_data_set(train_set
     assert rows.epoch[0] > 0
     for i, sample in enumerate(LocalReader(train_set, 1).read(rows.shard, rows.sample)):
         expected = np.empty((8, 8, 1), np.uint8)
-        view.render(decode(sample.image, 1, 1000), draws[i], expected)
+        part = partial(view.part, draws[i])
+        view.render(decode(sample.image, 1, 1000, part), draws[i], expected)
         np.testing.assert_array_equal(batch.images[i].numpy(), expected)
         assert batch.labels[i] == sample.label
         assert batch.positions[i] == rows.position[i]
@@ -245,7 +247,8 @@ def test_an_evaluation_row_is_the_evaluation_view_of_its_sample(val_set):
     samples = LocalReader(val_set, 1).read(*val_set.locate(rows.positions.numpy()))
     for image, label, sample in zip(rows.images, rows.labels, samples, strict=True):
         expected = np.empty((8, 8, 1), np.uint8)
-        view.render(decode(sample.image, 1, 1000), np.empty(0), expected)
+        draws = np.empty(0)
+        view.render(decode(sample.image, 1, 1000, partial(view.part, draws)), draws, expected)
         np.testing.assert_array_equal(image.numpy(), expected)
         assert label == sample.label
 
