@@ -3,18 +3,33 @@
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from pretrain.bench.contenders import CONTENDERS, LOCK, OURS, OURS_FLOAT, STAGES, TWICE, Setting, chosen
+from pretrain.bench.contenders import (
+    CONTENDERS,
+    LOCK,
+    OURS,
+    OURS_FLOAT,
+    PACED,
+    STAGES,
+    TWICE,
+    Setting,
+    chosen,
+)
+from pretrain.bench.guard import Guard
 from pretrain.bench.report import show
-from pretrain.bench.rounds import Measured, interleaved
+from pretrain.bench.rounds import Measured, _Process, interleaved
+from pretrain.data.decode import decoder
 from pretrain.data.pack import ShardSize, open_source, pack
 from pretrain.errors import ConfigError
 
@@ -46,7 +61,7 @@ def bench(shards: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_pipeline_its_stages_and_its_cores_are_printed(shards):
     done = bench(shards, "--rounds", "1", "--images", "32", "--rate", "1e6", "--only", OURS, "--only", STAGES)
     assert done.returncode == 0, done.stderr
-    for words in ("uint8, 32 px", "where it goes", "read", "decode", "augment", "limit: JPEG decode alone"):
+    for words in ("uint8, 32 px", "where it goes", "read", "decode", "augment", "JPEG decode alone"):
         assert words in done.stdout
     assert re.search(r"1,000,000 images/s need [\d.]+ cores", done.stdout)
 
@@ -57,7 +72,7 @@ def test_everybody_who_is_installed_takes_part(shards):
     assert done.returncode == 0, done.stderr
     assert "did not run" not in done.stderr
     for name in chosen(True, (), 1, len(os.sched_getaffinity(0))):
-        assert name in (STAGES, LOCK, TWICE) or name in done.stdout
+        assert name in (STAGES, LOCK, TWICE, PACED) or name in done.stdout
 
 
 def test_a_contender_that_fails_is_named_and_the_others_go_on(tmp_path, capsys):
@@ -65,6 +80,56 @@ def test_a_contender_that_fails_is_named_and_the_others_go_on(tmp_path, capsys):
     setting = Setting((), str(tmp_path / "gone"), 32, 16, 1, 16, str(tmp_path))
     assert interleaved([STAGES], setting, 1) == {}
     assert "stages did not run: " in capsys.readouterr().err
+
+
+def test_a_contender_that_does_not_answer_is_named_and_the_benchmark_ends(tmp_path, capsys):
+    setting = Setting((), str(tmp_path / "gone"), 32, 16, 1, 16, str(tmp_path))
+    assert interleaved([OURS], setting, 1, seconds=1e-3) == {}
+    assert "ours did not run: no answer within 0.001 s" in capsys.readouterr().err
+
+
+def test_a_contender_that_is_killed_is_told_from_one_that_failed(tmp_path):
+    setting = Setting((), str(tmp_path / "gone"), 32, 16, 1, 16, str(tmp_path))
+    with Guard() as guard, _Process(OURS, setting, guard) as process:
+        os.kill(process._process.pid, signal.SIGKILL)
+        with pytest.raises((OSError, ValueError)) as failed:
+            process.take_turn(60)
+        assert "killed by SIGKILL" in process.what_ended(failed.value)
+
+
+def living(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_no_contender_outlives_a_benchmark_that_is_killed(shards):
+    """One of them has a process of its own, and both are stopped but for their turns."""
+    command = [
+        "bench",
+        "data",
+        str(shards),
+        "--size",
+        "32",
+        "--batch",
+        "16",
+        "--rounds",
+        "100000",
+        "--images",
+        "16",
+    ]
+    only = ["--only", OURS, "--only", "ours, processes"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "pretrain", *command, *only], stderr=subprocess.PIPE
+    ) as running:
+        here = psutil.Process(running.pid)
+        while running.poll() is None:
+            below = here.children(recursive=True)
+            if len(below) >= 4 and any(one.status() == psutil.STATUS_STOPPED for one in below):
+                break  # the guard, two contenders, and what one of them has started
+            time.sleep(0.05)
+        running.kill()
+    assert len(below) >= 4
+    psutil.wait_procs(below, timeout=60)
+    assert living(below) == []
 
 
 def test_wrong_use_is_refused_before_anything_starts(shards):
@@ -77,6 +142,8 @@ def test_wrong_use_is_refused_before_anything_starts(shards):
 def test_who_needs_more_cores_than_there_are_or_what_is_not_installed_stays_out(monkeypatch):
     assert TWICE not in chosen(True, (), 1, 1)
     assert TWICE in chosen(True, (), 1, 2)
+    assert PACED not in chosen(True, (), 1, 2)
+    assert PACED in chosen(True, (), 1, 2, paced=True)
     assert not [name for name in chosen(False, (), 1, 2) if CONTENDERS[name].target.startswith("peers:")]
     monkeypatch.setitem(CONTENDERS, OURS, CONTENDERS[OURS]._replace(needs=("no_such_package.inside",)))
     assert OURS not in chosen(True, (), 1, 2)
@@ -84,17 +151,18 @@ def test_who_needs_more_cores_than_there_are_or_what_is_not_installed_stays_out(
 
 def test_the_tables_pair_rounds_and_say_how_many_cores_feed_a_rate(capsys):
     """Made-up rounds: ours 1 and 2 ms, the others twice that in their own round."""
-    parts = {"order": 0.0, "read": 0.1, "decode": 0.5, "augment": 0.2, "limit": 0.4, "kernel": 0.1}
+    parts = {"order": 0.0, "read": 0.1, "decode": 0.5, "augment": 0.2, "limit": 0.4, "kernel": 0.5}
     measured = {
         OURS: [Measured(1000, 1.0, 1.0, {}), Measured(1000, 2.0, 2.0, {})],
         OURS_FLOAT: [Measured(1000, 1.5, 1.5, {}), Measured(1000, 3.0, 3.0, {})],
         TWICE: [Measured(1000, 1.0, 0.5, {}), Measured(1000, 2.0, 1.0, {})],
         STAGES: [Measured(1000, 1.0, 1.0, parts)] * 2,
+        PACED: [Measured(1000, 1.0, 1.0, {"waiting": waiting, "all": 2.0}) for waiting in (0.01, 0.03)],
         LOCK: [Measured(1000, 1.0, 1.0, {"threads": 0.05, "processes": 0.01})] * 2,
         "DALI": [Measured(1000, 2.0, 1.0, {}), Measured(1000, 4.0, 2.0, {})],
         "DALI, normalised": [Measured(1000, 3.0, 1.0, {}), Measured(1000, 6.0, 2.0, {})],
     }
-    show(measured, Setting((), "x", 224, 64, 1, 1000, ""), rate=2000)
+    show(measured, Setting((), "x", 224, 64, 1, 1000, "", pace=500), rate=2000)
     printed = capsys.readouterr().out
     assert re.search(r"DALI +│ 3\.000 +│ [\d,]+ +│ 2\.00 \(2\.00 \.\. 2\.00\)", printed)
     assert re.search(r"DALI, normalised .* 2\.00 \(2\.00 \.\. 2\.00\) +│ 3\.00 \(3\.00 \.\. 3\.00\)", printed)
@@ -103,3 +171,6 @@ def test_the_tables_pair_rounds_and_say_how_many_cores_feed_a_rate(capsys):
     assert "data.workers=threads: a loop in Python waits 0.050 ms" in printed
     assert "10.0 % of its time at 2,000 images/s" in printed
     assert "2,000 images/s need 3.0 cores for data: 3" in printed
+    assert "a step loop at 500 images/s, with 1 core(s) for data beside its own" in printed
+    assert "1.00 % of its time (0.50 .. 1.50)" in printed
+    assert decoder() in printed

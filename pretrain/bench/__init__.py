@@ -22,6 +22,11 @@ def bench() -> None:
     help="Images per second that training takes; how many cores feed it?",
 )
 @click.option(
+    "--pace",
+    type=click.FloatRange(min=1),
+    help="Images per second of a step loop beside the loader; which share of its time does it wait for data?",
+)
+@click.option(
     "--size", type=click.IntRange(min=1), default=224, show_default=True, help="Side of a view in pixels."
 )
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True)
@@ -34,10 +39,17 @@ def bench() -> None:
     show_default=True,
     help="Compare with other libraries, where installed.",
 )
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=1),
+    default=300,
+    show_default=True,
+    help="Seconds that a contender may take for a round; one that takes longer is left out.",
+)
 @click.option("--only", multiple=True, metavar="NAME", help="This contender; may be given several times.")
 def data_command(
-    shards: str, rate: float | None, size: int, batch: int, cores: int, rounds: int, images: int, peers: bool,
-    only: tuple[str, ...],
+    shards: str, rate: float | None, pace: float | None, size: int, batch: int, cores: int, rounds: int, images: int,
+    peers: bool, timeout: float, only: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Measure the input pipeline on SHARDS: CPU milliseconds of an image, stage by stage, and against its peers.
 
@@ -56,12 +68,12 @@ def data_command(
     if cores > usable:
         raise ConfigError(f"--cores {cores}: this process may run on {usable} cores; use at most that many")
     paths = tuple(map(str, open_dataset(shards).paths))
-    names = chosen(peers, only, cores, usable)
+    names = chosen(peers, only, cores, usable, paced=pace is not None)
     click.echo(
         f"{', '.join(names)}: {rounds} rounds of {images} images, {cores} core{'s'[: cores > 1]} each",
         err=True,
     )
     with tempfile.TemporaryDirectory(prefix="pretrain-bench-") as scratch:
-        setting = Setting(paths, shards, size, batch, cores, images, scratch)
-        measured = interleaved(names, setting, rounds)
+        setting = Setting(paths, shards, size, batch, cores, images, scratch, pace or 0)
+        measured = interleaved(names, setting, rounds, timeout)
     report.show(measured, setting, rate)

@@ -10,7 +10,8 @@ from pretrain.errors import ConfigError
 
 @dataclass(frozen=True)
 class Setting:
-    """What all contenders are given. paths: the tars, as listed; images: of a round; scratch: a folder for anything."""
+    """What all contenders are given. paths: the tars, as listed; images: of a round; scratch: a folder for anything; pace: images
+    per second that the paced loop takes, none for no such loop."""
 
     paths: tuple[str, ...]
     shards: str
@@ -19,6 +20,7 @@ class Setting:
     cores: int
     images: int
     scratch: str
+    pace: float = 0
 
 
 class Work(NamedTuple):
@@ -42,13 +44,16 @@ class Contender(NamedTuple):
 
 
 OURS, TWICE, OURS_FLOAT, STAGES, LOCK = "ours", "ours, twice the cores", "ours, normalised", "stages", "lock"
+PACED = "paced"
 
 CONTENDERS = {
     OURS: Contender("ours:threads", "uint8"),
     "ours, processes": Contender("ours:processes", "uint8"),
+    "ours, pictures whole": Contender("ours:whole_pictures", "uint8", ("pretrain.data._jpegbox",)),
     TWICE: Contender("ours:threads", "uint8", times=2),
     STAGES: Contender("stages:stages", "parts"),
     LOCK: Contender("stages:lock", "parts", times=2),
+    PACED: Contender("ours:paced", "parts", times=2),
     "webdataset, torchvision v2": Contender("peers:webdataset_v2", "uint8", ("torchvision", "webdataset")),
     "timm's reader": Contender("peers:timm_uint8", "uint8", ("timm", "webdataset")),
     "DALI": Contender("peers:dali_uint8", "uint8", ("nvidia.dali",)),
@@ -59,7 +64,7 @@ CONTENDERS = {
 }  # fmt: skip
 
 
-def chosen(peers: bool, only: tuple[str, ...], cores: int, usable: int) -> list[str]:
+def chosen(peers: bool, only: tuple[str, ...], cores: int, usable: int, *, paced: bool = False) -> list[str]:
     """Names of those that can take part on `usable` cores; raises `ConfigError` for an unknown one."""
     unknown = [name for name in only if name not in CONTENDERS]
     if unknown:
@@ -71,6 +76,7 @@ def chosen(peers: bool, only: tuple[str, ...], cores: int, usable: int) -> list[
         for name, contender in CONTENDERS.items()
         if (name in only or not only)
         and (peers or not contender.target.startswith("peers:"))
+        and (paced or name != PACED)
         and cores * contender.times <= usable
         and all(_is_installed(package) for package in contender.needs)
     ]

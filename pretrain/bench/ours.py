@@ -1,5 +1,7 @@
 """Our own pipeline as feeds."""
 
+import os
+import time
 from collections.abc import Iterator
 
 import torch
@@ -7,7 +9,7 @@ import torch
 from pretrain.bench.contenders import Setting, Work
 from pretrain.config import Config, Plan, resolve
 from pretrain.config.plan import Hardware
-from pretrain.data import Dataset, facts, open_dataset
+from pretrain.data import Dataset, decode, facts, open_dataset
 from pretrain.data.loader import TrainLoader
 
 MEAN, STD = 127.5, 127.5
@@ -40,8 +42,6 @@ def loader(setting: Setting, workers: str, num_threads: int) -> TrainLoader:
 
 def threads(setting: Setting) -> Iterator[Work]:
     """As many decode threads as the process has cores."""
-    import os
-
     for batches in loader(setting, "threads", len(os.sched_getaffinity(0))).steps(0):
         yield Work(sum(map(len, batches)))
 
@@ -49,6 +49,26 @@ def threads(setting: Setting) -> Iterator[Work]:
 def processes(setting: Setting) -> Iterator[Work]:
     for batches in loader(setting, "processes", setting.cores).steps(0):
         yield Work(sum(map(len, batches)))
+
+
+def whole_pictures(setting: Setting) -> Iterator[Work]:
+    """As where the native part is not there: the box of a view is cut out of a decoded picture."""
+    decode.jpegbox = None  # type: ignore[assignment]  # a module, or none
+    return threads(setting)
+
+
+def paced(setting: Setting) -> Iterator[Work]:
+    """A step loop that sleeps for as long as a step of `pace` images per second computes, beside the loader's threads.
+
+    Parts: seconds of waiting for data, as training measures them, and of all.
+    """
+    mine = loader(setting, "threads", setting.cores)
+    steps = mine.steps(0)
+    while True:
+        began, waited = time.perf_counter(), mine.wait_seconds
+        images = sum(map(len, next(steps)))
+        time.sleep(images / setting.pace)
+        yield Work(images, {"waiting": mine.wait_seconds - waited, "all": time.perf_counter() - began})
 
 
 def normalised(setting: Setting) -> Iterator[Work]:

@@ -8,8 +8,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.bench.contenders import CONTENDERS, LOCK, OURS, OURS_FLOAT, STAGES, TWICE, Setting
+from pretrain.bench.contenders import CONTENDERS, LOCK, OURS, OURS_FLOAT, PACED, STAGES, TWICE, Setting
 from pretrain.bench.rounds import Measured
+from pretrain.data.decode import decoder
 
 BY_NAME = dict[str, list[Measured]]
 _STAGES = ("read", "decode", "augment")
@@ -24,7 +25,8 @@ def show(measured: BY_NAME, setting: Setting, rate: float | None) -> None:
             console.print(_table(measured, wire, known, setting))
     if STAGES in measured and OURS in measured:
         console.print(_stages(measured))
-    for line in (*_scaling(measured), *_lock(measured, rate or _COMMON_RATE), *_cores(measured, rate)):
+    lines = [decoder(), *_scaling(measured), *_lock(measured, rate or _COMMON_RATE), *_cores(measured, rate)]
+    for line in lines + _waiting(measured, setting):
         click.echo(line)
 
 
@@ -59,7 +61,7 @@ def _stages(measured: BY_NAME) -> Table:
     table.add_row("all", f"{whole:.3f}", "100%")
     limit = [ours.cpu_ms / _part_ms(stages, "limit") for stages, ours in pairs]
     table.add_row(
-        "limit: JPEG decode alone",
+        "limit of whole pictures: JPEG decode alone",
         f"{_median(_part_ms(stages, 'limit') for stages, _ in pairs):.3f}",
         f"all / limit {_median(limit):.2f}",
     )
@@ -78,8 +80,7 @@ def _lock(measured: BY_NAME, rate: float) -> list[str]:
     lines = []
     if STAGES in measured:
         held = _median(
-            sum(_part_ms(m, s) for s in ("order", *_STAGES)) - _part_ms(m, "limit") - _part_ms(m, "kernel")
-            for m in measured[STAGES]
+            sum(_part_ms(m, s) for s in ("order", *_STAGES)) - _part_ms(m, "kernel") for m in measured[STAGES]
         )
         lines.append(f"interpreter lock: held for at most {held:.3f} ms of an image")
     if LOCK in measured:
@@ -98,6 +99,16 @@ def _cores(measured: BY_NAME, rate: float | None) -> list[str]:
     cores = rate * _median(m.cpu_ms for m in measured[OURS]) / 1e3
     return [
         f"{rate:,.0f} images/s need {cores:.1f} cores for data: {math.ceil(cores)}, beside those of training"
+    ]
+
+
+def _waiting(measured: BY_NAME, setting: Setting) -> list[str]:
+    if not measured.get(PACED):
+        return []
+    shares = [m.parts["waiting"] / m.parts["all"] * 100 for m in measured[PACED]]
+    return [
+        f"a step loop at {setting.pace:,.0f} images/s, with {setting.cores} core(s) for data beside its own, waits for "
+        f"data for {_median(shares):.2f} % of its time ({min(shares):.2f} .. {max(shares):.2f})"
     ]
 
 

@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import torch
 
 from pretrain.bench.contenders import Setting, Work
 from pretrain.bench.ours import loader, prepared
-from pretrain.data.augment import TrainView, crop, random_resized_box
-from pretrain.data.decode import decode
+from pretrain.data.augment import TrainView
+from pretrain.data.box import Box
+from pretrain.data.decode import decode, jpegbox
 from pretrain.data.read import LocalReader
 from pretrain.data.resize import resize
 from pretrain.data.state import planned_order
+from pretrain.draws import FloatArray
 
 _SCHEDSTAT = Path("/proc/thread-self/schedstat")
 _OPS_A_TURN = 200
@@ -32,8 +35,7 @@ def stages(setting: Setting) -> Iterator[Work]:
     torch.set_num_threads(1)
     dataset, config, plan = prepared(setting)
     order = planned_order(dataset, plan, seed=0)
-    augment = config.data.augment
-    view = TrainView(augment, config.model, config.data.interpolation, seed=0)
+    view = TrainView(config.data.augment, config.model, config.data.interpolation, seed=0)
     reader = LocalReader(dataset, plan.block_samples)
     out = np.empty((setting.size, setting.size, 3), np.uint8)
     for step in itertools.count():
@@ -45,16 +47,16 @@ def stages(setting: Setting) -> Iterator[Work]:
         with _into(parts, "augment"):
             draws = view.draws(rows.epoch, dataset.starts[rows.shard] + rows.sample, rows.repeat)
         for sample, drawn in zip(samples, draws, strict=True):
+            boxes: list[Box] = []
             with _into(parts, "decode"):
-                pixels = decode(sample.image, 3, config.data.max_pixels)
+                pixels = decode(sample.image, 3, config.data.max_pixels, partial(_noted, view, drawn, boxes))
             with _into(parts, "augment"):
                 view.render(pixels, drawn, out)
             with _into(parts, "limit"):
                 _raw(sample.image)
-            height, width, _ = pixels.shape
-            cut = crop(pixels, random_resized_box(height, width, augment.scale, augment.ratio, drawn))
             with _into(parts, "kernel"):
-                resize(cut, out, config.data.interpolation)
+                _decode_again(sample.image, boxes[-1])
+                resize(pixels, out, config.data.interpolation)
         yield Work(len(samples), parts)
 
 
@@ -66,8 +68,20 @@ def _into(parts: dict[str, float], name: str) -> Iterator[None]:
     parts[name] += time.thread_time() - began
 
 
+def _noted(view: TrainView, draws: FloatArray, boxes: list[Box], height: int, width: int) -> Box:
+    boxes.append(view.part(draws, height, width))
+    return boxes[-1]
+
+
+def _decode_again(data: memoryview, box: Box) -> None:
+    """What `decode` does without the interpreter's lock."""
+    pixels = np.empty((box.height, box.width, 3), np.uint8)
+    if jpegbox is None or not jpegbox.decode(data, pixels, *box, 3):
+        _raw(data)
+
+
 def _raw(data: memoryview) -> Any:
-    """The limit: libjpeg-turbo on the file, whatever the picture is wanted for."""
+    """The limit of whoever decodes whole pictures: libjpeg-turbo on the file."""
     return simplejpeg.decode_jpeg(data) if simplejpeg.is_jpeg(data) else decode(data, 3, 2**31)
 
 
