@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 5000
-DEBIAN_PACKAGES := dataset-fashion-mnist slurm-wlm munge
+DEBIAN_PACKAGES := dataset-fashion-mnist slurm-wlm munge gcc libjpeg62-turbo-dev python3-dev
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -19,7 +19,7 @@ help:  ## list the commands
 demo: $(VENV)/.installed  ## train, fine-tune and export a ViT on real images (DATA=folder of images by class, SMOKE=1: a few steps)
 	@$(BIN)/python -m pretrain.demo $(if $(DATA),--data "$$DATA") $(if $(SMOKE),--smoke)
 
-test: $(VENV)/.installed-dev debian-packages  ## run the test suite (ARGS="-k name" to choose)
+test: debian-packages $(VENV)/.installed-dev  ## run the test suite (ARGS="-k name" to choose)
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## check format, style and types
@@ -41,8 +41,9 @@ clean:  ## remove .venv and caches; runs/ and data/ stay
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 # --- set-up -----------------------------------------------------------------------------------------------------------
-# A stamp is renewed when pyproject.toml changes. pip's own words are hundreds of lines: what is shown of them is the
-# large downloads, and every error.
+# Debian's packages come first where `make test` may install them: with a compiler and libjpeg-turbo's header, pip builds
+# the native part of the decoder too. A stamp is renewed when pyproject.toml changes. pip's own words are hundreds of
+# lines: what is shown of them is the large downloads, and every error.
 
 SHOW_DOWNLOADS := sed -unE \
 	-e 's/^ *Downloading ([^ -]+-[^ -]+)[^ ]* \(([0-9.]+ [MG]B)\).*/    \1 \2/p' \

@@ -33,7 +33,8 @@
 /* Markers, ITU-T T.81 table B.1. */
 enum {
     SOF0 = 0xC0, SOF1 = 0xC1, SOF2 = 0xC2, DHT = 0xC4, RST0 = 0xD0, RST7 = 0xD7, SOI = 0xD8, EOI = 0xD9,
-    SOS = 0xDA, DQT = 0xDB, DRI = 0xDD, APP0 = 0xE0, APP1 = 0xE1, APP2 = 0xE2, APP13 = 0xED, APP14 = 0xEE, APP15 = 0xEF, COM = 0xFE
+    SOS = 0xDA, DQT = 0xDB, DRI = 0xDD, APP0 = 0xE0, APP1 = 0xE1, APP2 = 0xE2, APP13 = 0xED, APP14 = 0xEE, APP15 = 0xEF,
+    COM = 0xFE
 };
 
 /* simple: if the coded data is damaged, Pillow, which is asked then, reads at least the header. */
@@ -231,7 +232,7 @@ static int decode_box(const unsigned char *data, size_t size, Frame frame, Box b
         return 0;
     }
     jpeg_create_decompress(&jpeg);
-    jpeg_mem_src(&jpeg, (unsigned char *)data, size); /* const from version 2 of its interface on */
+    jpeg_mem_src(&jpeg, data, size);
     int found = jpeg_read_header(&jpeg, TRUE) == JPEG_HEADER_OK && !jpeg.arith_code &&
                 jpeg.jpeg_color_space == (frame.components == 1 ? JCS_GRAYSCALE : JCS_YCbCr) &&
                 jpeg.image_width == frame.width && jpeg.image_height == frame.height;

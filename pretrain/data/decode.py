@@ -1,8 +1,8 @@
 """From the bytes of an image file to pixels: what the file is decides, not what it is called.
 
 JPEG is decoded by libjpeg-turbo (simplejpeg), which gives Pillow's pixels in three quarters of its time without the
-GIL; what that refuses, and every other file, by Pillow. Where only a box of a JPEG is wanted, the optional native part
-(`_jpegbox.c`) decodes no more than that. It changes no pixel and no verdict: what it does not fill, it has not judged.
+GIL; what that refuses, and every other file, by Pillow. The optional native part (`_jpegbox.c`) goes before both and
+decodes no more of a JPEG than is wanted. It changes no pixel and no verdict: what it does not fill, it has not judged.
 `docs/images.md` has the table of what becomes of what.
 """
 
@@ -47,13 +47,13 @@ _TURNS = {
 
 
 def decoder() -> str:
-    """Which decoder cuts boxes out of JPEGs here, for people; and, if it is the slower one, how to get the other."""
+    """What decodes JPEGs here, for people; and, if it is the slower one, how to get the other."""
     if jpegbox is not None:
-        return "JPEG: only the box that a view shows is decoded"
+        return "JPEG: only the box that a view shows is decoded, by the native part"
     return (
         f"JPEG: pictures are decoded whole, the native part is not there ({WHY_WHOLE})\n"
-        "  It saves a fifth of the processor time of an image and changes none of its pixels. With a C compiler and\n"
-        "  libjpeg-turbo's header (Debian: apt-get install gcc libjpeg62-turbo-dev) install this project again."
+        "  It saves a sixth of the processor time of an image and changes none of its pixels. With a C compiler and\n"
+        "  libjpeg-turbo's header (Debian: apt-get install gcc libjpeg62-turbo-dev python3-dev) install this project again."
     )
 
 
@@ -73,7 +73,7 @@ def decode(
     if simplejpeg.is_jpeg(data):
         if has_too_many_scans(data):
             raise BadSampleError(f"a JPEG of more than {MAX_SCANS} scans")
-        if part is not whole and (found := _decode_box(data, in_chans, max_pixels, part)) is not None:
+        if (found := _decode_box(data, in_chans, max_pixels, part)) is not None:
             return found
         try:
             return _part(_decode_jpeg(data, in_chans, max_pixels), part)
@@ -94,9 +94,9 @@ def _decode_box(
     if jpegbox is None or (size := jpegbox.size_of(data)) is None:
         return None
     height, width, components = size
-    box = part(height, width)
-    if height * width > max_pixels or box == whole(height, width) or _jpeg_orientation(data) in _TURNS:
+    if height * width > max_pixels or _jpeg_orientation(data) in _TURNS:
         return None
+    box = part(height, width)
     channels = 1 if in_chans == components == 1 else 3
     pixels = np.empty((box.height, box.width, channels), np.uint8)
     if not jpegbox.decode(data, pixels, *box, channels):

@@ -4,7 +4,8 @@ import io
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,17 @@ def boxes(generator: np.random.Generator, height: int, width: int, count: int) -
         yield Box(int(top * (height - rows + 1)), int(left * (width - columns + 1)), rows, columns)
 
 
+def without_it(data: bytes, channels: int) -> Pixels:
+    """The whole picture where the native part is not there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "jpegbox", None)
+        return decode(data, channels, LIMIT)
+
+
+def given(box: Box, height: int, width: int) -> Box:
+    return box
+
+
 def by_the_native_part(data: bytes, box: Box, channels: int = 3) -> Pixels | None:
     pixels = np.empty((box.height, box.width, channels), np.uint8)
     return pixels if jpegbox.decode(data, pixels, *box, channels) else None
@@ -68,7 +80,7 @@ def test_a_box_has_the_pixels_of_the_whole_picture_bit_for_bit():
         for data in kinds(image, int(generator.integers(30, 100))):
             grey = jpegbox.size_of(data)[2] == 1
             for channels in (1, 3) if grey else (3,):
-                expected = decode(data, channels, LIMIT)
+                expected = without_it(data, channels)
                 for box in boxes(generator, image.height, image.width, 10):
                     found = by_the_native_part(data, box, channels)
                     assert found is not None
@@ -81,7 +93,7 @@ def test_every_offset_of_a_box_is_exact():
     image = Image.fromarray(generator.integers(0, 256, (50, 50, 3), dtype=np.uint8))
     for data in kinds(image, 90):
         grey = jpegbox.size_of(data)[2] == 1
-        expected = decode(data, 1 if grey else 3, LIMIT)
+        expected = without_it(data, 1 if grey else 3)
         for offset in range(36):
             for side in (1, 2, 13):
                 box = Box(offset, 35 - offset, side, side)
@@ -96,7 +108,7 @@ def test_a_part_is_cut_out_of_the_upright_picture(stored, orientation, in_chans)
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = saved(picture(np.random.default_rng(2)).resize((70, 50)).convert(stored), exif=exif)
-    upright = decode(data, in_chans, LIMIT)
+    upright = without_it(data, in_chans)
     asked = []
 
     def part(height: int, width: int) -> Box:
@@ -129,8 +141,8 @@ def test_rare_kinds_are_left_to_the_whole_decoder(data):
     box = Box(4, 4, 20, 20)
     if jpegbox.size_of(data) is not None:
         assert by_the_native_part(data, box) is None
-    expected = crop(decode(data, 3, LIMIT), box)
-    np.testing.assert_array_equal(decode(data, 3, LIMIT, lambda height, width: box), expected)
+    expected = crop(without_it(data, 3), box)
+    np.testing.assert_array_equal(decode(data, 3, LIMIT, partial(given, box)), expected)
 
 
 def damaged(generator: np.random.Generator, data: bytes) -> bytes:
@@ -155,9 +167,9 @@ def damaged(generator: np.random.Generator, data: bytes) -> bytes:
     return data[:at] + generator.bytes(5) + data[at:]
 
 
-def outcome(data: bytes, box: Box | None = None) -> Pixels | str:
+def outcome(make: Callable[[], Pixels]) -> Pixels | str:
     try:
-        return decode(data, 3, LIMIT, whole if box is None else lambda height, width: box)
+        return make()
     except BadSampleError as error:
         return str(error)
 
@@ -170,10 +182,10 @@ def check_damage(seed: int, count: int) -> None:
         image = picture(generator, 120).resize((64, 80))
         options = generator.choice([{}, {"progressive": True}, {"restart_marker_blocks": 4}, {"exif": EXIF}])
         data = damaged(generator, saved(image, quality=80, subsampling=int(generator.integers(3)), **options))
-        expected = outcome(data)
+        expected = outcome(partial(without_it, data, 3))
         height, width = (80, 64) if isinstance(expected, str) else expected.shape[:2]
-        for box in boxes(generator, height, width, 4):
-            found = outcome(data, box)
+        for box in (whole(height, width), *boxes(generator, height, width, 4)):
+            found = outcome(partial(decode, data, 3, LIMIT, partial(given, box)))
             if isinstance(expected, str):
                 bad += 1
                 assert found == expected
@@ -197,15 +209,41 @@ def test_damage_gives_the_verdict_of_the_whole_decoder_wherever_the_box_is_at_le
 def test_a_file_cut_below_the_box_is_bad_all_the_same():
     data = saved(picture(np.random.default_rng(4)).resize((200, 200)), quality=90)
     for cut in (len(data) * 3 // 4, len(data) - 2):
-        assert by_the_native_part(data[:cut], Box(0, 0, 20, 200)) is None
+        for top in (
+            0,
+            100,
+            180,
+        ):  # above the cut, or beyond it, where libjpeg only warns and makes up the rest
+            assert by_the_native_part(data[:cut], Box(top, 0, 20, 200)) is None
     with pytest.raises(BadSampleError):
-        decode(data[: len(data) * 3 // 4], 3, LIMIT, lambda height, width: Box(0, 0, 20, 200))
+        decode(data[: len(data) * 3 // 4], 3, LIMIT, partial(given, Box(0, 0, 20, 200)))
+
+
+def test_a_header_that_pillow_refuses_makes_a_file_bad_if_its_data_is_damaged_anywhere():
+    """libjpeg does not mind the segment. Only when its data is damaged is Pillow asked, which does: so the rows below the
+    box are looked at as well."""
+    sound = saved(picture(np.random.default_rng(7)).resize((200, 200)), quality=90)
+    strange = sound[:2] + b"\xff\xee\x00\x08Adobe\x00" + sound[2:]
+    box, at = Box(0, 0, 20, 200), len(strange) * 3 // 4
+    expected = crop(without_it(sound, 3), box)
+    np.testing.assert_array_equal(by_the_native_part(strange, box), expected)
+    for data in (sound, strange):
+        damaged = data[:at] + b"\xff\xd5" + data[at + 2 :]
+        if data is sound:
+            np.testing.assert_array_equal(decode(damaged, 3, LIMIT, partial(given, box)), expected)
+            continue
+        assert by_the_native_part(damaged, box) is None
+        with pytest.raises(BadSampleError, match="cannot identify"):
+            without_it(damaged, 3)
+        for part in (whole, partial(given, box)):
+            with pytest.raises(BadSampleError, match="cannot identify"):
+                decode(damaged, 3, LIMIT, part)
 
 
 def test_too_many_pixels_are_refused_by_the_header():
     data = saved(Image.new("L", (2000, 2000)))
     with pytest.raises(BadSampleError, match=r"2000 x 2000 pixels; data\.max_pixels allows 1,000,000"):
-        decode(data, 3, LIMIT, lambda height, width: Box(0, 0, 1, 1))
+        decode(data, 3, LIMIT, partial(given, Box(0, 0, 1, 1)))
 
 
 def test_a_box_or_a_memory_that_does_not_fit_is_refused():
@@ -225,7 +263,7 @@ def test_a_box_or_a_memory_that_does_not_fit_is_refused():
         jpegbox.decode(data, bytearray(100), 0, 0, 10, 10, 1)  # a colour picture has no single channel
     with pytest.raises((TypeError, BufferError)):
         jpegbox.decode(data, bytes(300), 0, 0, 10, 10, 3)
-    for other in (b"", b"\xff\xd8", b"\xff\xd8\xff\xda\x00\x02", b"\x89PNG"):
+    for other in (b"", b"\xff\xd8", b"\xff\xd8\xff\xda\x00\x02", b"\xff\xd8\xff\xe0\xff\xff", b"\x89PNG"):
         assert jpegbox.size_of(other) is None
         assert jpegbox.decode(other, bytearray(300), 0, 0, 10, 10, 3) is False
 
@@ -233,7 +271,7 @@ def test_a_box_or_a_memory_that_does_not_fit_is_refused():
 def test_threads_decode_at_a_time():
     generator = np.random.default_rng(5)
     files = [saved(picture(generator).resize((90, 70))) for _ in range(8)]
-    expected = [decode(data, 3, LIMIT) for data in files]
+    expected = [without_it(data, 3) for data in files]
     wrong = []
 
     def work(seed: int) -> None:
@@ -265,10 +303,10 @@ def test_nothing_is_printed_of_damaged_files():
 def test_without_the_native_part_boxes_are_the_same_and_the_reason_is_said(monkeypatch):
     data = saved(picture(np.random.default_rng(6)).resize((50, 60)))
     box = Box(10, 20, 30, 21)
-    with_it = decode(data, 3, LIMIT, lambda height, width: box)
+    with_it = decode(data, 3, LIMIT, partial(given, box))
     assert "only the box" in decoding.decoder()
     monkeypatch.setattr(decoding, "jpegbox", None)
     monkeypatch.setattr(decoding, "WHY_WHOLE", "No module named '_jpegbox'")
-    np.testing.assert_array_equal(decode(data, 3, LIMIT, lambda height, width: box), with_it)
+    np.testing.assert_array_equal(decode(data, 3, LIMIT, partial(given, box)), with_it)
     assert "decoded whole" in decoding.decoder()
     assert "apt-get install gcc libjpeg62-turbo-dev" in decoding.decoder()

@@ -1,3 +1,4 @@
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -17,8 +18,9 @@ from PIL import Image
 from pretrain.batch import Batch
 from pretrain.config import TrainSourceConfig
 from pretrain.data import Dataset, open_dataset, open_training
+from pretrain.data import decode as decoding
 from pretrain.data.augment import EvalView, TrainView
-from pretrain.data.decode import decode
+from pretrain.data.decode import decode, decoder
 from pretrain.data.loader import EvalLoader, TrainLoader
 from pretrain.data.read import LocalReader
 from pretrain.data.scan import index_folder
@@ -386,3 +388,16 @@ def test_decode_threads_follow_the_cores_that_the_process_was_given(train_set, m
             assert loader._workers._threads._max_workers == 3
     finally:
         os.sched_setaffinity(0, before)
+
+
+def test_a_loader_says_at_its_start_which_decoder_it_has(train_set, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="pretrain")
+    with train_loader(train_set):
+        assert [record.message for record in caplog.records] == [decoder()]
+    caplog.clear()
+    monkeypatch.setattr(decoding, "jpegbox", None)
+    monkeypatch.setattr(decoding, "WHY_WHOLE", "not built")
+    with train_loader(train_set):
+        [record] = caplog.records
+        assert record.levelno == logging.WARNING
+        assert "pictures are decoded whole, the native part is not there (not built)" in record.message
