@@ -47,8 +47,18 @@ def run(*command: str | Path, cwd: Path, **env: str) -> str:
     return done.stdout
 
 
+def installed() -> dict[Path, int]:
+    """Files of this project in the environment of the tests, and when each was written."""
+    found = Path(sysconfig.get_paths()["purelib"]).glob("*pretrain*")
+    return {path: path.stat().st_mtime_ns for path in found}
+
+
 def install(source: Path, *options: str | Path, cwd: Path, **env: str) -> None:
-    run("-m", "pip", "install", "-q", "--ignore-installed", "--no-deps", "--no-build-isolation", *options, source, cwd=cwd, **env)
+    """Beside the environment of the tests, never into it: without --ignore-installed pip removes what is installed there."""
+    alone = ("--ignore-installed", "--no-deps", "--no-build-isolation")
+    before = installed()
+    run("-m", "pip", "install", "-q", *alone, *options, source, cwd=cwd, **env)
+    assert installed() == before
 
 
 def sdist(clone: Path) -> Path:
