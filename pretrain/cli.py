@@ -30,6 +30,10 @@ COMMANDS = {
         "pretrain.evaluate:evaluate", "Measure a checkpoint of a run on the whole validation set."
     ),
     "export": Lazy("pretrain.export:export", "Write a checkpoint in a form that other libraries load."),
+    "import": Lazy(
+        "pretrain.importing:import_", "Make weights of another library into a start for training."
+    ),
+    "predict": Lazy("pretrain.predict:predict", "Classify images by an export."),
     "show": Lazy("pretrain.show:show", "Draw what a model has learnt: positions, filters, attention."),
     "bench": Lazy("pretrain.bench:bench", "Measure the input pipeline, beside its limit and its peers."),
     "track": Lazy("pretrain.track:track", "Deliver to MLflow what a run could not deliver itself."),

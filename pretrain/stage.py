@@ -25,6 +25,8 @@ from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.errors import ConfigError, UserError
 from pretrain.figures.during import NUM_IMAGES, RunFigures
+from pretrain.formats.files import is_export
+from pretrain.formats.native import ExportedWeights, open_export_together
 from pretrain.hardware import detect
 from pretrain.images import validation_images
 from pretrain.logs import log
@@ -49,7 +51,7 @@ class Data:
 
 @dataclass(frozen=True)
 class _HandOff:
-    source: WeightsFile
+    source: WeightsFile | ExportedWeights
     transfer: Transfer
 
 
@@ -95,7 +97,7 @@ def run_stage(
             found.close()
         elif handed is not None:
             engine.write(handed.transfer.weights)
-            handed.source.slices.close()
+            handed.source.close()
             with ranks.together():
                 if tracker is not None:
                     _show_hand_off(handed, directory, tracker)
@@ -191,7 +193,11 @@ def _start_at(
 
 def _hand_off(config: Config, init: InitConfig, ranks: Ranks) -> _HandOff:
     """The first weights of this stage, made of those that `init.from` names. All ranks."""
-    source = open_weights_together(Path(init.source), init.which, ranks)
+    path = Path(init.source)
+    if ranks.broadcast(is_export(path) if ranks.is_main else None):
+        source: WeightsFile | ExportedWeights = open_export_together(path, ranks)
+    else:
+        source = open_weights_together(path, init.which, ranks)
     with ranks.together():
         made = transfer(source.weights, source.model, config.model, init, config.run.seed)
     return _HandOff(source, made)

@@ -26,16 +26,21 @@ from pretrain.checkpoint.save import Content
 from pretrain.config import ModelConfig
 from pretrain.distributed import joined
 from pretrain.errors import CheckpointError, ExportError
-from pretrain.export import FORMATS, export
-from pretrain.export.native import load_export
-from pretrain.export.timm_folder import _mlp_ratio
-from pretrain.export.write import Exported, Preprocess, write_export
+from pretrain.export import export
+from pretrain.formats import exporter
+from pretrain.formats.files import About, Preprocess
+from pretrain.formats.native import load_export
+from pretrain.formats.timm_models import _mlp_ratio
+from pretrain.formats.write import Exported, write_export
 from pretrain.images import validation_images
 from pretrain.model import build, parameter_shapes
 from pretrain.shards import shards
 from pretrain.world import World
 
 LINEAGE = {"run": "runs/a", "step": 7, "metrics": {"val/top1": 0.5}}
+ABOUT = About(LINEAGE)
+OURS_AND_TIMM = ("safetensors", "timm")
+"""The other formats have tests of their own, in tests/formats."""
 
 
 def model(**changes: object) -> ModelConfig:
@@ -66,10 +71,12 @@ def images(config: ModelConfig, count: int = 4) -> Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
-def write(out: Path, form: str, config: ModelConfig | None = None, **options: object) -> Exported:
+def write(
+    out: Path, form: str, config: ModelConfig | None = None, about: About = ABOUT, **options: object
+) -> Exported:
     config = config or model()
     options.setdefault("images", images(config))
-    return write_export(random_weights(config), config, LINEAGE, out, form, **options)
+    return write_export(random_weights(config), config, about, out, form, **options)
 
 
 VARIANTS = {
@@ -87,6 +94,7 @@ VARIANTS = {
     "learned_2d without cls": {"pos_embed": "learned_2d", "pos_embed_order": "pe_then_cls"},
     "sincos of MAE": {"pos_embed": "sincos_2d_mae"},
     "sincos of big_vision, mean": {"pos_embed": "sincos_2d_big_vision", "global_pool": "avg"},
+    "mean of normalised patches": {"global_pool": "norm_avg", "num_registers": 1},
 }
 ONLY_OURS = {
     "rotary": {"pos_embed": "rope_2d", "rope_reference_grid": (4, 4)},
@@ -98,7 +106,7 @@ ONLY_OURS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", OURS_AND_TIMM)
 def test_loaded_again_it_answers_the_same(tmp_path: Path, form: str, variant: dict[str, object]) -> None:
     config = model(**variant)
     done = write(tmp_path / "out", form, config)
@@ -106,7 +114,8 @@ def test_loaded_again_it_answers_the_same(tmp_path: Path, form: str, variant: di
     assert done.difference <= 1e-5
     assert done.images == "4 images"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    assert sorted(path.name for path in done.path.iterdir()) == ["config.json", "model.safetensors"]
+    files = ["README.md", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in done.path.iterdir()) == files
 
 
 @pytest.mark.parametrize("variant", ONLY_OURS.values(), ids=ONLY_OURS)
@@ -116,7 +125,7 @@ def test_what_timm_cannot_express_our_own_format_can(tmp_path: Path, variant: di
     assert done.difference is not None
     assert done.difference <= 1e-5
     assert load_export(done.path)[1] == config
-    with pytest.raises(ExportError, match="use --format safetensors"):
+    with pytest.raises(ExportError, match="use --format safetensors or onnx or mlflow"):
         write(tmp_path / "timm", "timm", config)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
@@ -140,15 +149,15 @@ def test_our_own_export_reloads_to_the_same_config_and_bits(tmp_path: Path) -> N
         assert torch.equal(loaded.get_parameter(name), value)
     assert torch.equal(loaded(images(config)), build(config, random_weights(config))(images(config)))
     document = json.loads((done.path / "config.json").read_text())
-    assert document["input"]["mean"] == [0.1, 0.2, 0.3]
-    assert document["input"]["std"] == [0.4, 0.5, 0.6]
+    assert document["pretrain"]["input"]["mean"] == [0.1, 0.2, 0.3]
+    assert document["pretrain"]["input"]["std"] == [0.4, 0.5, 0.6]
     assert document["pretrain"]["lineage"] == LINEAGE
 
 
 def test_timm_s_own_transform_of_a_picture_gives_our_logits(tmp_path: Path) -> None:
     """Whoever loads the folder and follows timm's recipe gets the model that was trained, from file to logits."""
     config = model(img_size=(12, 12))
-    done = write(tmp_path / "out", "timm", config, preprocess=Preprocess(0.9, "bicubic"))
+    done = write(tmp_path / "out", "timm", config, about=About(LINEAGE, Preprocess(0.9, "bicubic")))
     loaded = timm.create_model(f"local-dir:{done.path}", pretrained=True).eval()
     data = resolve_model_data_config(loaded)
     assert (data["crop_pct"], data["interpolation"]) == (0.9, "bicubic")
@@ -174,22 +183,20 @@ def test_every_mlp_width_survives_timm_s_ratio() -> None:
             assert int(width * _mlp_ratio(config)) == mlp_dim
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", OURS_AND_TIMM)
 def test_an_export_that_answers_otherwise_is_not_kept(
     tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model is described with the other GELU than the weights are judged with."""
-    from pretrain.export import write as module
+    adapt = exporter(form).adapt
 
-    chosen = module._FORMATS[form]
+    def misdescribe(weights: dict[str, Tensor], config: ModelConfig) -> tuple[object, ModelConfig]:
+        return adapt(weights, config.model_copy(update={"act": "gelu_tanh"}))
 
-    def misdescribe(config: ModelConfig, *rest: object) -> dict[str, object]:
-        return chosen.describe(config.model_copy(update={"act": "gelu_tanh"}), *rest)
-
-    monkeypatch.setitem(module._FORMATS, form, chosen._replace(describe=misdescribe))
+    monkeypatch.setattr(exporter(form), "adapt", misdescribe)
     weights = {name: value * 8 for name, value in random_weights(model()).items()}
     with pytest.raises(ExportError, match="answers otherwise: its logits differ by"):
-        write_export(weights, model(), LINEAGE, tmp_path / "out", form, images=images(model()))
+        write_export(weights, model(), ABOUT, tmp_path / "out", form, images=images(model()))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -197,12 +204,15 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:
     weights = random_weights(model())
     weights["norm.weight"][0] = math.nan
     with pytest.raises(ExportError, match="differ by nan"):
-        write_export(weights, model(), LINEAGE, tmp_path / "out", "safetensors")
+        write_export(weights, model(), ABOUT, tmp_path / "out", "safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_timm_cannot_express_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"use --format safetensors:\n  - model\.norm_eps 1e-05"):
+    with pytest.raises(
+        ExportError,
+        match=r"use --format safetensors or transformers or onnx or mlflow:\n  - model\.norm_eps 1e-05",
+    ):
         write(tmp_path / "out", "timm", model(norm_eps=1e-5))
     assert list(tmp_path.iterdir()) == []
 
@@ -250,7 +260,8 @@ def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
 def damage_config(change: dict[str, object]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        document = json.loads(path.read_text())
+        path.write_text(json.dumps({"pretrain": document["pretrain"] | change}))
 
     return damage
 
@@ -270,11 +281,27 @@ def flip_a_bit(folder: Path) -> None:
         (lambda folder: (folder / "config.json").unlink(), "cannot be read"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be read"),
         (lambda folder: (folder / "config.json").write_text("{}"), "is not from `pretrain export"),
-        (damage_config({"pretrain": {"version": 99}}), "has version 99; this release reads 1"),
-        (damage_config({"model": {}}), "does not hold the model that it describes"),
+        (damage_config({"version": 99}), "has version 99; this release reads 2"),
+        (damage_config({"model": {}}), "an export of a model that is not one"),
+        (
+            damage_config({"files": {"../x": [1, "0"], "model.safetensors": [1, "0"]}}),
+            "outside of the folder",
+        ),
+        (damage_config({"files": {}}), "does not name its weights"),
         (damage_config({"model": model(depth=3).model_dump(mode="json")}), r"blocks\.2\.norm1"),
     ],
-    ids=["bit", "no weights", "no config", "cut config", "foreign config", "version", "empty model", "depth"],
+    ids=[
+        "bit",
+        "no weights",
+        "no config",
+        "cut config",
+        "foreign config",
+        "version",
+        "empty model",
+        "outside",
+        "no hashes",
+        "depth",
+    ],
 )
 def test_a_damaged_export_is_named_and_not_loaded(
     tmp_path: Path, damage: Callable[[Path], object], message: str
@@ -300,7 +327,7 @@ def test_help_is_there_without_torch() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "--format [safetensors|timm]" in done.stdout
+    assert "--format [safetensors|timm|transformers|bigvision|onnx|mlflow]" in done.stdout
     assert time.monotonic() - start < 5
 
 
@@ -342,7 +369,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", OURS_AND_TIMM)
 def test_the_command_proves_an_export_on_the_run_s_own_images(run: Path, form: str) -> None:
     done = CliRunner().invoke(export, [str(run), "--format", form], catch_exceptions=False)
     assert done.exit_code == 0
@@ -350,8 +377,11 @@ def test_the_command_proves_an_export_on_the_run_s_own_images(run: Path, form: s
     number_of_images = len(validation_images(open_weights(run).config))
     assert 0 < number_of_images < 16
     assert f"at most, on {number_of_images} images" in done.output
-    lineage = json.loads((run / "export" / form / "config.json").read_text())["pretrain"]["lineage"]
+    ours = json.loads((run / "export" / form / "config.json").read_text())["pretrain"]
+    assert ours["class_names"] == ["0", "1", "2", "3", "4"]
+    lineage = ours["lineage"]
     assert lineage["step"] == 7
+    assert len(lineage["train_digest"]) == 64
     assert lineage["metrics"] == {"val/top1": 0.5}
 
 
@@ -363,7 +393,7 @@ def test_the_command_takes_a_step_folder_and_needs_no_images(run: Path, tmp_path
             CliRunner().invoke(export, arguments, catch_exceptions=False)
         arguments += ["--out", str(tmp_path / "out")]
         done = CliRunner().invoke(export, arguments, catch_exceptions=False)
-        assert "on noise (no validation images at hand)" in done.output
+        assert "on noise (no images at hand)" in done.output
         done = CliRunner().invoke(export, [*arguments, "--no-verify"], catch_exceptions=False)
         assert "not verified" in done.output
     finally:

@@ -88,6 +88,9 @@ class WeightsFile:
     def model(self) -> ModelConfig:
         return self.config.model
 
+    def close(self) -> None:
+        self.slices.close()
+
 
 def open_weights(path: Path, which: str = "last") -> WeightsFile:
     """Verify and open the checkpoint that a run directory (its `last` or `best`) or a step folder names. One process.

@@ -30,9 +30,10 @@ class ModelConfig(Section):
     patch_size: tuple[Positive, Positive] = Field(description="patch (height, width) in pixels")
     in_chans: Literal[1, 3] = Field(3, description="1: greyscale, 3: RGB; images are converted")
     num_classes: Positive = Field(description="classes K of the head")
-    global_pool: Literal["token", "avg", "map"] = Field(
+    global_pool: Literal["token", "avg", "norm_avg", "map"] = Field(
         "token",
-        description="what the head sees: the cls token, the mean of the patches, or attention pooling",
+        description="what the head sees: the cls token; the mean of the patches, normalised after or (norm_avg) before; "
+        "or attention pooling",
     )
     num_registers: NonNegative = Field(
         0, description="learned tokens behind the cls token that no head reads (arXiv 2309.16588)"

@@ -176,7 +176,8 @@ class CheckpointConfig(Section):
 
 class InitConfig(Section):
     source: str = Field(
-        alias="from", description="run directory or checkpoint folder whose weights to start from"
+        alias="from",
+        description="whose weights to start from: a run directory, a checkpoint folder, or what `pretrain import` wrote",
     )
     position: Literal["resize", "reset", "drop"] = Field(
         "resize",

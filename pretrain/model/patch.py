@@ -43,7 +43,7 @@ class PatchEmbed(nn.Module):
         """[B, H, W, C] -> [B, N, P*P*C] of the same dtype, patches by rows, each in the order of its pixels."""
         (rows, columns), (height, width) = self.config.grid, self.config.patch_size
         x = images.reshape(-1, rows, height, columns, width, images.shape[-1])
-        return x.permute(0, 1, 3, 2, 4, 5).reshape(len(images), rows * columns, -1)
+        return x.permute(0, 1, 3, 2, 4, 5).reshape(images.shape[0], rows * columns, -1)
 
     def normalize(self, patches: Tensor) -> Tensor:
         """(x / 255 - mean) / std per channel: uint8 [B, N, P*P*C] -> float32 of that shape.

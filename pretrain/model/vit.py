@@ -183,7 +183,7 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, D]."""
-        q = self.q(self.latent.expand(len(x), -1, -1)).unflatten(-1, (self.num_heads, -1))  # [B, 1, h, d]
+        q = self.q(self.latent.expand(x.shape[0], -1, -1)).unflatten(-1, (self.num_heads, -1))  # [B, 1, h, d]
         kv = self.kv(x).unflatten(-1, (2, self.num_heads, -1))  # [B, T, 2, h, d]
         k, v = (part.transpose(1, 2) for part in kv.unbind(2))  # each [B, h, T, d]
         x = F.scaled_dot_product_attention(q.transpose(1, 2), k, v)  # [B, h, 1, d]
@@ -293,7 +293,7 @@ class VisionTransformer(nn.Module):
         prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
         if not prefix:
             return patches
-        return torch.cat([*(token.expand(len(patches), -1, -1) for token in prefix), patches], dim=1)
+        return torch.cat([*(token.expand(patches.shape[0], -1, -1) for token in prefix), patches], dim=1)
 
     def _shared_position(self, device: torch.device) -> Tensor | None:
         """What every block is told of positions."""

@@ -9,7 +9,12 @@ from pretrain.model import parameter_shapes
 from pretrain.transfer.position import converts, stays_in_place
 
 _MUST_AGREE = ("embed_dim", "depth", "num_heads", "mlp_dim", "in_chans", "act", "qk_norm", "norm_eps")
-POOLS = {"token": ("token", "avg"), "avg": ("avg",), "map": ("map", "avg")}
+POOLS = {
+    "token": ("token", "avg", "norm_avg"),
+    "avg": ("avg",),
+    "norm_avg": ("norm_avg", "avg"),
+    "map": ("map", "avg", "norm_avg"),
+}
 """Pooling of the source, and what the target may use in its place: nothing that would have to be invented."""
 
 
@@ -18,7 +23,7 @@ def misfits(source: Mapping[str, Tensor], old: ModelConfig, new: ModelConfig, in
     return [
         *_differing_settings(old, new, init),
         *_positions(old, new, init),
-        *_unexpected_weights(source, old),
+        *wrong_weights(source, old),
     ]
 
 
@@ -77,8 +82,8 @@ def _differs(name: str, old: ModelConfig, new: ModelConfig) -> str:
     return f"model.{name}: the source has {getattr(old, name)}, this config {getattr(new, name)}"
 
 
-def _unexpected_weights(source: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
-    """Names, shapes and numbers that are not what the source's own config says."""
+def wrong_weights(source: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
+    """Names, shapes and numbers that are not what the weights' own config says. Reads every tensor once."""
     expected = parameter_shapes(config)
     problems = []
     if missing := [name for name in expected if name not in source]:
