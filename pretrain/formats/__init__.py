@@ -2,7 +2,7 @@
 library loads it again. `pretrain export`, `pretrain import` and `pretrain predict` are built on these.
 
 A module that is in `EXPORTS` has `inexpressible`, `adapt`, `write` and `load` (`Exporter`), one in `IMPORTS` has `recognises`, `read` and
-`answers` (`Importer`). Where a library is both, one table of names serves both ways.
+`answers` (`Importer`). Where names differ from ours, one table of them serves both ways.
 
 This file names them without importing any, so that `--help` answers at once.
 """

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from pretrain.config import ModelConfig
 from pretrain.errors import CheckpointError
+from pretrain.formats import EXPORTS
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -138,6 +139,8 @@ def read_provenance(folder: Path) -> Provenance:
     if document.get("version") != VERSION:
         raise CheckpointError(f"{path} has version {document.get('version')}; this release reads {VERSION}")
     try:
+        if document.get("format") not in EXPORTS:
+            raise ValueError(f"it has format {document.get('format')!r}")
         names = document.get("class_names")
         found = Provenance(**document | {"class_names": None if names is None else tuple(map(str, names))})
         for name, (size, digest) in found.files.items():

@@ -103,6 +103,9 @@ def _verified(folder: Path) -> ModelConfig:
             f"{folder} is an export of format {found.format}; `pretrain import` makes one that can be loaded here"
         )
     verify(folder, found)
+    with _opened(folder / WEIGHTS) as tensors:
+        if found.config.num_blocks > len(tensors.keys()):  # nothing is built, not even without memory
+            raise CheckpointError(f"{folder} does not hold the model that it describes: too few weights")
     return found.config
 
 

@@ -27,6 +27,9 @@ INDEX = f"{WEIGHTS}.index.json"
 MAX_GROWTH = 16
 """How many times its size a compressed .npz may grow: trained weights hardly compress at all."""
 
+LARGEST = 2**20
+"""No size of a network is larger; a config that says so is answered before anything is built."""
+
 SMALL = 2**24
 """Bytes up to which nobody counts: a small file of zeros is no bomb."""
 
@@ -59,7 +62,6 @@ class Imported:
 
     preprocess: Preprocess = AS_IT_IS
     class_names: tuple[str, ...] | None = None
-    licence: str | None = None
     notes: tuple[str, ...] = ()
     """What was assumed or said otherwise, for people."""
 
@@ -88,6 +90,9 @@ def cannot_be_ours(source: Path, reasons: Iterable[str]) -> None:
 
 def model_config(settings: Mapping[str, Any], where: str) -> ModelConfig:
     """Our config; raises `CheckpointError` with the first reason against it."""
+    for key, value in settings.items():
+        if any(isinstance(v, int) and v > LARGEST for v in (value if isinstance(value, tuple) else (value,))):
+            raise CheckpointError(f"{where} has {key} {value}, which is larger than any network")
     try:
         return ModelConfig.model_validate(settings)
     except ValueError as error:

@@ -17,6 +17,7 @@ from pretrain.errors import CheckpointError
 from pretrain.formats.files import CONFIG, Preprocess, per_channel, read_json
 from pretrain.formats.names import complain, listed
 from pretrain.formats.source import (
+    LARGEST,
     Hints,
     Imported,
     cannot_be_ours,
@@ -45,9 +46,6 @@ _ARGUMENTS = {
     "attn_drop_rate": (int, float), "drop_path_rate": (int, float), "weight_init": (str,),
 }  # fmt: skip
 """Arguments that a config.json may give to timm's constructor: numbers and names, nothing that it would load or call."""
-
-_LARGEST = 2**20
-"""No size of a network is larger; a config that says so is answered before anything is built."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +128,10 @@ def _kind(source: Path, tensors: Tensors, hints: Hints) -> _Kind:
         arguments["num_classes"] = document.get("num_classes", 0)
     if hints.img_size is not None:
         arguments["img_size"] = hints.img_size
+    if arguments.get("depth", 0) > len(tensors):
+        raise CheckpointError(
+            f"{source / CONFIG} says depth {arguments['depth']}, with {len(tensors)} tensors"
+        )
     config = document.get("pretrained_cfg", {})
     name = hints.timm_model or document.get("architecture")
     if name is not None:
@@ -151,7 +153,7 @@ def _vetted(given: Any, where: str) -> dict[str, Any]:
         if key not in _ARGUMENTS or not isinstance(value, _ARGUMENTS[key]):
             raise CheckpointError(f"{where} has {key}: {value!r}, which is not taken from a file")
         numbers_in = value if isinstance(value, list) else [value]
-        if any(isinstance(v, int | float) and abs(v) > _LARGEST for v in numbers_in):
+        if any(isinstance(v, int | float) and abs(v) > LARGEST for v in numbers_in):
             raise CheckpointError(f"{where} has {key}: {value!r}, which is larger than any network")
     # timm drops arguments that are None; of LayerScale it takes 0 for none as well.
     return {key: 0.0 if key == "init_values" and value is None else value for key, value in given.items()}
