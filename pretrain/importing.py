@@ -129,7 +129,7 @@ def _lineage(source: Path, name: str, imported: "Imported") -> dict[str, Any]:
     files = hashes(source) if source.is_dir() else {source.name: (source.stat().st_size, sha256(source))}
     return {
         "imported_from": source.name,
-        "format": name,
+        "source_format": name,
         "sha256": {file: digest for file, (_, digest) in files.items()},
         "notes": list(imported.notes),
         "code": code_facts(),

@@ -64,7 +64,7 @@ def assert_bitwise(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 
 
 @pytest.mark.parametrize("order", ["cls_then_pe", "pe_then_cls"])
-@pytest.mark.parametrize("pool", ["token", "avg", "map"])
+@pytest.mark.parametrize("pool", ["token", "avg", "norm_avg", "map"])
 def test_the_same_model_gets_the_same_bits_and_logits(pool: str, order: str) -> None:
     config = model(global_pool=pool, pos_embed_order=order)
     source, result = hand_off(config, config)
@@ -149,16 +149,20 @@ def test_order_and_grid_may_change_at_once() -> None:
     assert torch.equal(result.weights["cls_token"], source["cls_token"] + source["pos_embed"][:, :1])
 
 
-@pytest.mark.parametrize("pool", ["token", "map"])
-def test_mean_pooling_can_follow_any_other(pool: str) -> None:
-    old, new = model(global_pool=pool), model(global_pool="avg")
+@pytest.mark.parametrize(
+    ("pool", "mean"),
+    [("token", "avg"), ("map", "avg"), ("norm_avg", "avg"), ("token", "norm_avg"), ("map", "norm_avg")],
+)
+def test_mean_pooling_can_follow_any_other(pool: str, mean: str) -> None:
+    old, new = model(global_pool=pool), model(global_pool=mean)
     source, result = hand_off(old, new)
     assert result.weights.keys() == parameter_shapes(new).keys()
-    assert torch.equal(result.weights["fc_norm.weight"], source["norm.weight"])
+    norm = "fc_norm.weight" if mean == "avg" else "norm.weight"
+    assert torch.equal(result.weights[norm], source["norm.weight"])
     assert torch.equal(result.weights["pos_embed"], source["pos_embed"][:, old.num_pos_prefix :])
     assert not result.weights["head.weight"].any()
     rows = {row.name: row for row in result.report}
-    assert rows["head.weight"].detail == f"{pool} -> avg pooling"
+    assert rows["head.weight"].detail == f"{pool} -> {mean} pooling"
     gone = {name for name, row in rows.items() if row.action == "dropped"}
     assert gone == source.keys() - parameter_shapes(new).keys() - {"norm.weight", "norm.bias"} | (
         {"pos_embed[0]"} if pool == "token" else set()
@@ -513,7 +517,7 @@ def test_every_reason_is_given_at_once() -> None:
         "model.norm_eps: the source has 1e-06, this config 1e-05",
         "model.mean: the source has [0.5], this config [0.1]",
         "model.std: the source has [0.5], this config [0.2]",
-        "map needs weights that a source with token lacks; possible: token, avg",
+        "map needs weights that a source with token lacks; possible: token, avg, norm_avg",
         "init.head: keep, but the source has 7 classes and this config 5",
         "missing in the source: norm.bias",
         "not part of the source's model: decoder.weight",

@@ -1,8 +1,8 @@
 """What each library calls our model: one module a format, each with what it writes, what it reads, and how its own
 library loads it again. `pretrain export`, `pretrain import` and `pretrain predict` are built on these.
 
-A module that is in `EXPORTS` has `inexpressible`, `adapt`, `write` and `load` (`Exporter`), one in `IMPORTS` has `recognises`, `read` and
-`answers` (`Importer`). Where names differ from ours, one table of them serves both ways.
+A module that is in `EXPORTS` has `inexpressible`, `adapt`, `write` and `load` (`Exporter`), one in `IMPORTS` has
+`recognises`, `read` and `answers` (`Importer`). Where names differ from ours, one table of them serves both ways.
 
 This file names them without importing any, so that `--help` answers at once.
 """

@@ -93,14 +93,15 @@ def read(source: Path, hints: Hints) -> Imported:
     _compare(net, tensors, str(source))
     weights = _renamed(net, tensors)
     settings = _settings(net, weights)
-    mean, std = _normalisation(kind, hints, settings["in_chans"], net)
+    own = _own(kind, net)
+    mean, std = _normalisation(own, hints, settings["in_chans"])
     model = model_config({**settings, "mean": mean, "std": std}, str(source))
     has_head = "head.weight" in weights
     imported = Imported(
         weights if has_head else zero_head(weights, model.width),
         model,
         has_head,
-        _preprocess(kind.config),
+        _preprocess(own),
         _class_names(source),
         notes=tuple(_notes(net, has_head)),
         peer=_Peer(kind, tensors),
@@ -329,10 +330,14 @@ def _settings(net: Any, weights: Tensors) -> dict[str, Any]:
     }
 
 
+def _own(kind: _Kind, net: Any) -> dict[str, Any]:
+    """What timm knows of a registered model's input, and what the folder says otherwise."""
+    return {**(getattr(net, "pretrained_cfg", None) or {}), **kind.config}
+
+
 def _normalisation(
-    kind: _Kind, hints: Hints, channels: int, net: Any
+    own: dict[str, Any], hints: Hints, channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    own = {**(getattr(net, "pretrained_cfg", None) or {}), **kind.config}
     given = (hints.mean or own.get("mean"), hints.std or own.get("std"))
     if None in given:
         raise CheckpointError("the source does not say how its input is normalised: give --mean and --std")
@@ -340,8 +345,8 @@ def _normalisation(
     return mean, std
 
 
-def _preprocess(config: dict[str, Any]) -> Preprocess:
-    crop, interpolation = config.get("crop_pct"), config.get("interpolation")
+def _preprocess(own: dict[str, Any]) -> Preprocess:
+    crop, interpolation = own.get("crop_pct"), own.get("interpolation")
     return Preprocess(
         float(crop) if isinstance(crop, int | float) and 0 < crop <= 1 else 1.0,
         "bicubic" if interpolation == "bicubic" else "bilinear",

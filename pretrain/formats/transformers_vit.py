@@ -299,8 +299,15 @@ def _normalisation(source: Path, hints: Hints) -> tuple[tuple[float, ...], tuple
 
 
 def _preprocess(source: Path) -> Preprocess:
+    """A crop is the middle of an image whose shorter side was resized; without one the whole image is."""
     document = read_json(source / PREPROCESSOR) if (source / PREPROCESSOR).is_file() else {}
-    return Preprocess(1.0, "bicubic" if document.get("resample") == _RESAMPLE["bicubic"] else "bilinear")
+    size, window = document.get("size"), document.get("crop_size")
+    crop = 1.0
+    if document.get("do_center_crop") and isinstance(size, dict) and isinstance(window, dict):
+        whole, part = size.get("shortest_edge"), window.get("height")
+        if isinstance(whole, int) and isinstance(part, int) and 0 < part <= whole:
+            crop = part / whole
+    return Preprocess(crop, "bicubic" if document.get("resample") == _RESAMPLE["bicubic"] else "bilinear")
 
 
 def _class_names(document: Mapping[str, Any], model: ModelConfig) -> tuple[str, ...] | None:

@@ -16,7 +16,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from pretrain.config import InitConfig
 from pretrain.errors import CheckpointError
-from pretrain.formats.files import read_provenance
+from pretrain.formats.files import About, Preprocess, read_provenance
 from pretrain.formats.names import stored
 from pretrain.formats.native import load_export
 from pretrain.formats.npz import rules
@@ -39,9 +39,9 @@ def difference(done: Result) -> float:
 
 
 TIMM = {
-    "vit_small_patch16_224": ("token", 0, {}),
-    "deit3_small_patch16_224": ("token", 0, {}),
-    "vit_base_patch16_siglip_224": ("map", 0, {}),
+    "vit_small_patch16_224": ("token", 0, {"img_size": (48, 48)}),
+    "deit3_small_patch16_224": ("token", 0, {"img_size": (32, 64)}),
+    "vit_base_patch16_siglip_224": ("map", 0, {"img_size": (32, 32)}),
     "vit_small_patch14_reg4_dinov2": ("token", 4, {"img_size": (28, 42)}),
     "vit_medium_patch16_gap_240": ("norm_avg", 0, {"img_size": (48, 32)}),
     "vit_betwixt_patch16_reg4_gap_256": ("avg", 4, {"img_size": (32, 32)}),
@@ -96,6 +96,7 @@ def test_a_state_dict_comes_in_by_the_name_of_timm_s_model(tmp_path: Path, suffi
     done = bring(source, tmp_path / "out", "--timm-model", "vit_tiny_patch16_224", "--img-size", "32", "48")
     assert difference(done) <= 1e-5
     assert load_export(tmp_path / "out")[1].grid == (2, 3)
+    assert read_provenance(tmp_path / "out").preprocess == (0.9, "bicubic")
 
 
 @pytest.mark.parametrize(
@@ -285,6 +286,15 @@ def test_what_is_exported_comes_back_as_the_same_weights(
     back, _ = load_export(tmp_path / "out")
     for name, value in random_weights(config).items():
         assert torch.equal(back.get_parameter(name), value), name
+
+
+def test_how_images_are_cropped_goes_out_and_comes_back(tmp_path: Path) -> None:
+    about = About({}, Preprocess(0.8, "bicubic"), ("a", "b", "c", "d", "e"))
+    for form in ("timm", "transformers"):
+        source = write(tmp_path / form, form, model(act="gelu"), about).path
+        bring(source, tmp_path / f"{form} back")
+        back = read_provenance(tmp_path / f"{form} back")
+        assert (back.preprocess, back.class_names) == ((0.8, "bicubic"), about.class_names)
 
 
 def test_an_import_is_a_start_at_another_size_and_head(tmp_path: Path) -> None:

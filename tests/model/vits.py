@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from pretrain.config import ModelConfig
 from pretrain.model import parameter_shapes
 
-POOLS = ("token", "avg", "map")
+POOLS = ("token", "avg", "norm_avg", "map")
 ORDERS = ("cls_then_pe", "pe_then_cls")
 KINDS = [
     {"pos_embed": "none"},
@@ -74,7 +74,8 @@ def timm_model(config: ModelConfig) -> TimmViT:
         mlp_ratio=config.mlp_width * (2 if gated else 1) / config.width,
         class_token=config.global_pool == "token",
         no_embed_class=config.pos_embed_order == "pe_then_cls",
-        global_pool=config.global_pool,
+        global_pool="avg" if config.global_pool == "norm_avg" else config.global_pool,
+        fc_norm=config.global_pool == "avg",
         reg_tokens=config.num_registers,
         pos_embed="none" if config.pos_embed == "none" else "learn",
         qk_norm=config.qk_norm,
