@@ -63,18 +63,22 @@ def _clean(value: Any) -> Any:
 
 
 def _hand_offs(checkpoint: Path) -> Iterator[dict[str, Any]]:
-    """The hand-off into the run of this checkpoint, then that into the run before, as far as they are at hand."""
+    """The hand-off into the run of this checkpoint, then that into the run before, as far as they are at hand; at the
+    end the export that it all began with, if it was one."""
     for _ in range(MAX_HAND_OFFS):
-        if is_export(checkpoint):  # the run began with an import, which has a lineage of its own
-            yield {"run": str(checkpoint), **read_provenance(checkpoint).lineage, "weights": []}
-            return
-        run = checkpoint.parents[1] if len(checkpoint.parents) > 1 else checkpoint
-        if not (run / HANDOFF).is_file():
-            return
         try:
+            if is_export(checkpoint):
+                before = dict(read_provenance(checkpoint).lineage)
+                earlier = before.pop("hand_offs", [])
+                yield {"run": str(checkpoint), "lineage": before}
+                yield from earlier
+                return
+            run = checkpoint.parents[1] if len(checkpoint.parents) > 1 else checkpoint
+            if not (run / HANDOFF).is_file():
+                return
             document = read_json(run / HANDOFF)
         except CheckpointError as error:
-            log.warning("%s", error)
+            log.warning("the lineage ends early: %s", error)
             return
         yield {"run": str(run), **document}
         checkpoint = Path(str(document.get("checkpoint")))

@@ -82,9 +82,14 @@ def _metrics(metrics: Mapping[str, float] | None) -> Iterator[str]:
 
 
 def _resizes(hand_offs: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """What each hand-off did to the weights, the latest first."""
+    """What each hand-off did to the weights, the latest first; at the end, perhaps, where they were imported from."""
     for each in hand_offs:
-        yield from ("", f"## Hand-off into {_cell(str(each.get('run')))}", "")
+        run = _cell(str(each.get("run")))
+        if "lineage" in each:
+            yield from ("", f"## {run}", "")
+            yield from _table((key, _said(value)) for key, value in each["lineage"].items())
+            continue
+        yield from ("", f"## Hand-off into {run}", "")
         yield f"From {_cell(str(each.get('checkpoint')))}, step {each.get('step')}, sha256 {each.get('sha256')}."
         yield from ("", "| weight | what became of it | how |", "| --- | --- | --- |")
         for row in each.get("weights", ()):

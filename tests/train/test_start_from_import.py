@@ -67,20 +67,26 @@ def test_a_stage_starts_from_an_import_and_its_export_says_so(
     digits: Path, imported: Path, tmp_path: Path
 ) -> None:
     configs = [config(tmp_path / f"run{stage}", imported, digits, stage) for stage in (1, 3)]
-    assert on_ranks(2, train, configs)[0] == ["finished", "finished"]
+    configs.append(config(tmp_path / "next", tmp_path / "run3", digits, 3))
+    assert on_ranks(2, train, configs)[0] == ["finished"] * 3
     run = tmp_path / "run3"
     handed = json.loads((run / "handoff.json").read_text())
     assert handed["checkpoint"] == str(imported)
     rows = {row["name"]: row for row in handed["weights"]}
     assert rows["pos_embed"]["detail"] == "2x2 -> 4x2 bicubic_antialias"
-    done = CliRunner().invoke(export, [str(run), "--format", "timm"], catch_exceptions=False)
+    last = tmp_path / "next"
+    done = CliRunner().invoke(export, [str(last), "--format", "timm"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    first, last = read_provenance(run / "export" / "timm").lineage["hand_offs"]
-    assert first["sha256"] == handed["sha256"]
-    assert last["imported_from"] == "w.safetensors"
-    card = (run / "export" / "timm" / "README.md").read_text()
+    found = read_provenance(last / "export" / "timm")
+    into_last, into_run, source = found.lineage["hand_offs"]
+    assert (into_last["run"], into_run["run"]) == (str(last), str(run))
+    assert into_run["sha256"] == handed["sha256"]
+    assert source["lineage"]["imported_from"] == "w.safetensors"
+    card = (last / "export" / "timm" / "README.md").read_text()
+    assert f"## Hand-off into {run}" in card
     assert "2x2 -> 4x2 bicubic_antialias" in card
-    assert read_provenance(run / "export" / "timm").class_names == tuple("0123456789")
+    assert "| imported_from | w.safetensors |" in card
+    assert found.class_names == tuple("0123456789")
 
 
 def test_a_damaged_import_stops_all_ranks_before_the_first_step(
