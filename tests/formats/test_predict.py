@@ -73,7 +73,7 @@ def test_images_are_resized_and_cropped_as_in_validation(tmp_path: Path, images:
 
     from pretrain.data.augment import EvalView
 
-    large = np.asarray(Image.open(images / "2.png").resize((90, 70)))
+    large = np.array(Image.open(images / "2.png").resize((90, 70)))
     Image.fromarray(large).save(tmp_path / "large.png")
     about = About({}, Preprocess(0.8, "bicubic"), probabilities="sigmoid")
     done = write(tmp_path / "out", "safetensors", CONFIG, about)
