@@ -16,8 +16,7 @@ from launch.render import render
 from pretrain import command
 from pretrain.config import Config, load
 from pretrain.errors import ConfigError
-
-FORMATS = ("safetensors", "timm")
+from pretrain.formats import EXPORTS
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def submit(dry_run: bool, test_only: bool, **given: Any) -> None:
     help="Checkpoint of the last stage to evaluate and export.",
 )  # fmt: skip
 @click.option(
-    "--format", "formats", type=click.Choice(FORMATS), multiple=True, default=("safetensors",), show_default=True,
+    "--format", "formats", type=click.Choice(list(EXPORTS)), multiple=True, default=("safetensors",), show_default=True,
     help="What to export; may be given twice.",
 )  # fmt: skip
 @site_options
