@@ -13,8 +13,8 @@ from pretrain.errors import CheckpointError, DataError
 from pretrain.formats.files import About, Preprocess, is_export, read_json, read_provenance
 from pretrain.lineage import code_facts
 from pretrain.logs import log
+from pretrain.redact import redact_text
 from pretrain.run_dir import HANDOFF
-from pretrain.tracking.redact import redact_text
 
 MAX_HAND_OFFS = 32
 """Nobody has so many stages; files that name each other in a circle do."""

@@ -8,7 +8,7 @@ from pretrain.config import ModelConfig
 from pretrain.formats import exporter
 from pretrain.formats.files import About, input_of
 from pretrain.model import num_parameters
-from pretrain.tracking.redact import redact_text
+from pretrain.redact import redact_text
 
 
 def card(form: str, trained: ModelConfig, model: ModelConfig, about: About) -> str:
