@@ -1,6 +1,7 @@
 """How far the stages of a chain are, from what their runs leave on disk and from Slurm."""
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,17 @@ from pretrain.tracking import progress as delivery
 from pretrain.tracking import records
 from pretrain.tracking.journal import journal_path
 
+LONG_SILENCE_SECONDS = 120.0
 TAIL_BYTES = 2**18
 """The end of a journal that is searched for the last loss and speed."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One line of the table; None is what nobody knows yet. eta_seconds: of training that is left, without waits."""
+    """One line of the table; None is what nobody knows yet. eta_seconds: of training that is left, without waits.
+
+    silent_seconds: since the last sign of life of a run that says that it is running.
+    """
 
     run: str
     kind: str
@@ -32,6 +37,15 @@ class Stage:
     eta_seconds: float | None = None
     images_per_second: float | None = None
     loss: float | None = None
+    silent_seconds: float | None = None
+
+    @property
+    def says(self) -> str:
+        """What the run says of itself, and for how long it has said nothing where that is long."""
+        if self.silent_seconds is None or self.silent_seconds < LONG_SILENCE_SECONDS:
+            return self.status or "-"
+        return f"{self.status}, silent for {duration(self.silent_seconds)}"
+
     mlflow: str | None = None
 
 
@@ -77,8 +91,14 @@ def stage_of(folder: Path) -> Stage | None:
         eta_seconds=eta,
         images_per_second=values.get("perf/images_per_second"),
         loss=values.get("train/loss"),
+        silent_seconds=_silent_seconds(run) if status.get("status") == "running" else None,
         mlflow=_link(run),
     )
+
+
+def _silent_seconds(run: Path) -> float | None:
+    beat = run_dir.read_heartbeat(run)
+    return None if beat is None else max(0.0, time.time() - float(beat["time"]))
 
 
 def duration(seconds: float) -> str:

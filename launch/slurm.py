@@ -178,7 +178,7 @@ def status(run: Path) -> None:
             stage.kind,
             str(stage.job_id),
             stage.state,
-            stage.status or "-",
+            stage.says,
             "-" if stage.step is None else f"{stage.step:,} of {stage.total_steps or 0:,}",
             "-" if stage.eta_seconds is None else duration(stage.eta_seconds),
             "-" if stage.images_per_second is None else f"{stage.images_per_second:,.0f}",

@@ -14,11 +14,12 @@ DAY_SECONDS = 86_400.0
 ENDED_BY_SLURM = 86
 NO_CODE_OF_ITS_OWN = 70  # EX_SOFTWARE
 
-USER_CODES = frozenset({2, 3, 4, 8})
+USER_CODES = frozenset({2, 3, 4, 8, 9})
 """Exit codes of what a user has to mend (`pretrain.errors`)."""
 
 _BAD_NODE = re.compile(
-    r"CUDA error|CUDA-capable device|uncorrectable|\bECC\b|\bXid\b|NVML|no CUDA GPUs|sees no device|unhandled system error",
+    r"CUDA error|CUDA-capable device|uncorrectable|\bECC\b|\bXid\b|NVML|no CUDA GPUs|sees no device|unhandled system error"
+    r"|copy of the weights differs",
     re.IGNORECASE,
 )
 

@@ -167,6 +167,7 @@ class StepFacts(NamedTuple):
 
     step: int
     loss_sum: float
+    skips: float
     stops: float
     wait_seconds: float
     bad_samples: float
@@ -192,6 +193,7 @@ class StepExchange:
         step: int,
         loss_sum: torch.Tensor,
         *,
+        applied: bool,
         stop: bool,
         wait_seconds: float,
         bad_samples: int,
@@ -206,7 +208,8 @@ class StepExchange:
             host.copy_(loss_sum.detach(), non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
-        others = (float(stop), wait_seconds, float(bad_samples), float(save_due), float(save_written))
+        flags = [float(flag) for flag in (not applied, stop)]
+        others = (*flags, wait_seconds, float(bad_samples), float(save_due), float(save_written))
         self._copied.append((step, host, event, others))
         if len(self._copied) > 1:
             self._start_sum()

@@ -49,6 +49,18 @@ class RunDirError(UserError):
     exit_code = 5
 
 
+class ReplicaError(UserError):
+    """Ranks whose weights must agree hold different ones: broken hardware."""
+
+    exit_code = 10
+
+
+class DivergedError(UserError):
+    """Training went wrong in a way that going back did not mend, or could not."""
+
+    exit_code = 9
+
+
 class PeerError(UserError):
     """Another rank failed; this rank can only stop. The message names the culprit where it is known."""
 

@@ -1,5 +1,6 @@
 """What a run says of itself: mean loss since the last record, speed, waiting, share of the hardware's peak."""
 
+import math
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -70,9 +71,10 @@ class Meter:
 
     def add(self, facts: Iterable[StepFacts]) -> None:
         for fact in facts:
-            self._loss_sum += fact.loss_sum
+            if fact.skips == 0:  # else its loss is no number that a mean could hold
+                self._loss_sum += fact.loss_sum
+                self._steps += 1
             self._wait += fact.wait_seconds
-            self._steps += 1
             self._timed_steps += 1
 
     def state(self) -> dict[str, float]:
@@ -87,7 +89,9 @@ class Meter:
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         images = self._timed_steps * self._plan.global_batch
         metrics = {
-            "train/loss": self._loss_sum / max(1, self._steps * self._plan.global_batch),
+            "train/loss": self._loss_sum / (self._steps * self._plan.global_batch)
+            if self._steps
+            else math.nan,
             "perf/images_per_second": images / elapsed,
             "perf/step_seconds": elapsed / max(1, self._timed_steps),
             "perf/data_wait_share": self._wait / (self._plan.world_size * elapsed),

@@ -3,6 +3,7 @@
 config.yaml   the resolved config of the latest attempt; reloads to the same object
 plan.json     the resolved plan of the latest attempt
 status.json   how the run stands: running, interrupted, finished or failed, at which step, with which scores
+heartbeat.json   the last step that was alive, and when; see `pretrain.watchdog`
 handoff.json  where `init.from` is set: the checkpoint that was taken, and what became of each weight
 metrics.jsonl, tracking/   the journal and its delivery to MLflow
 quarantine.jsonl   the bad samples that were replaced, where there are any; see `pretrain.data.quarantine`
@@ -15,6 +16,7 @@ import json
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +24,14 @@ from typing import Any, Literal
 from pretrain.checkpoint.layout import checkpoints, config_of, read_manifest, replace_file
 from pretrain.config import Config, Plan, dump
 from pretrain.config.resume import FIXED, Refused, changed_keys, check_allowed, refused
-from pretrain.errors import CheckpointError, ConfigError, RunDirError, UserError
+from pretrain.errors import CheckpointError, ConfigError, ReplicaError, RunDirError, UserError
 from pretrain.redact import redact_text
 
 CONFIG = "config.yaml"
 PLAN = "plan.json"
 STATUS = "status.json"
 HANDOFF = "handoff.json"
+HEARTBEAT = "heartbeat.json"
 
 Status = Literal["running", "interrupted", "finished", "failed"]
 
@@ -100,12 +103,30 @@ def read_status(run_dir: Path) -> Mapping[str, Any]:
     return status
 
 
+def write_heartbeat(run_dir: Path, step: int) -> None:
+    """A sign of life after `step` updates. One that cannot be written is none, and no reason to stop."""
+    beat = {"step": step, "time": time.time(), "node": node(), "pid": os.getpid()}
+    aside = run_dir / (HEARTBEAT + ".tmp")
+    with contextlib.suppress(OSError):
+        aside.write_text(json.dumps(beat) + "\n")
+        aside.replace(run_dir / HEARTBEAT)
+
+
+def read_heartbeat(run_dir: Path) -> Mapping[str, Any] | None:
+    """What `write_heartbeat` wrote last; None where there is nothing to read."""
+    try:
+        beat: Mapping[str, Any] = json.loads((run_dir / HEARTBEAT).read_text())
+    except (OSError, ValueError):
+        return None
+    return beat
+
+
 def record_failure(run_dir: Path, rank: int, error: BaseException, words: str) -> None:
     """Leave the words of a rank that failed by itself where the other ranks and the batch script find them.
 
     `retry` says whether the same command may fare better: not after what a user has to mend.
     """
-    mend = isinstance(error, UserError) and not isinstance(error, RunDirError)
+    mend = isinstance(error, UserError) and not isinstance(error, RunDirError | ReplicaError)
     facts = {
         "rank": rank,
         "node": node(),

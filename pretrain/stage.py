@@ -20,6 +20,7 @@ from pretrain.config.resume import adapted, changed_keys, changed_numbers, flatt
 from pretrain.data import Dataset, check_labels, facts, open_dataset, open_training
 from pretrain.data.loader import EvalLoader, TrainLoader
 from pretrain.data.quarantine import REPORT, Quarantine
+from pretrain.data.skipped import Skipped
 from pretrain.data.state import check_continues, data_state
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
@@ -32,12 +33,14 @@ from pretrain.images import validation_images
 from pretrain.logs import log
 from pretrain.metrics import Meter, peak_flops
 from pretrain.model import InitialWeights, forward_flops, num_parameters
+from pretrain.recovery import TroubleError, go_back
 from pretrain.stop import StopFlag
 from pretrain.tracking import SystemMetrics, Tracker
 from pretrain.tracking.records import Status
 from pretrain.tracking.system import node_of
 from pretrain.trainer import Outcome, Start, Trainer
 from pretrain.transfer import Transfer, transfer
+from pretrain.watchdog import Watchdog
 
 TRAIN_FLOPS_FACTOR = 3
 """A training step's matrix products as a multiple of the forward pass's: one forward, two backward."""
@@ -103,39 +106,84 @@ def run_stage(
                     _show_hand_off(handed, directory, tracker)
         else:
             engine.write(InitialWeights(config.model, config.run.seed))
-        batches = stack.enter_context(
-            TrainLoader(data.train, config.data, config.model, plan, seed=config.run.seed, rank=ranks.rank)
+        attempt = _Attempt(
+            config, plan, ranks, data, engine, directory, log_file, stop, tracker, allow_change
         )
-        validation = None
-        if data.val is not None:
-            loader = EvalLoader(data.val, config.data, config.model, plan, rank=ranks.rank)
-            validation = stack.enter_context(loader).__iter__
-        figures = None
-        if config.train.figures_every_steps is not None and validation is not None:
-            figures = RunFigures(engine, ranks, _first_images(config, ranks), directory, tracker)
-        trainer = Trainer(
-            config=config,
-            plan=plan,
-            ranks=ranks,
-            engine=engine,
-            batches=batches,
-            validation=validation,
-            figures=figures,
-            quarantine=Quarantine(directory, ranks.rank, config.data.max_bad_share),
-            meter=_meter(config, plan, ranks, start),
-            run_dir=directory,
-            data_state=lambda step: data_state(step, plan, config.run.seed),
-            stop=stop,
-            start=start,
-            tracker=tracker,
-        )
-        outcome = trainer.run()
+        outcome = None
+        while outcome is None:
+            try:
+                outcome = attempt.train(start)
+            except TroubleError as trouble:
+                start = attempt.go_back(trouble)
         with ranks.together():
             if tracker is not None:
                 _conclude(outcome, directory, tracker)
                 status: Status = "FINISHED" if outcome.status == "finished" else "KILLED"
                 afterwards.callback(_finish, tracker, status)
     return outcome
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """What one attempt trains with, however often it goes back. All ranks; `tracker` is rank 0's alone."""
+
+    config: Config
+    plan: Plan
+    ranks: Ranks
+    data: Data
+    engine: Engine
+    directory: Path
+    log_file: Path
+    stop: StopFlag
+    tracker: Tracker | None
+    allow_change: Sequence[str]
+
+    def train(self, start: Start) -> Outcome:
+        """Train from `start` on, with loaders of their own; raises `TroubleError` where the run has to go back."""
+        config, plan, ranks, seed = self.config, self.plan, self.ranks, self.config.run.seed
+        with ExitStack() as stack:
+            batches = stack.enter_context(
+                TrainLoader(self.data.train, config.data, config.model, plan, seed=seed, rank=ranks.rank)
+            )
+            validation = None
+            if self.data.val is not None:
+                loader = EvalLoader(self.data.val, config.data, config.model, plan, rank=ranks.rank)
+                validation = stack.enter_context(loader).__iter__
+            figures = None
+            if config.train.figures_every_steps is not None and validation is not None:
+                images = _first_images(config, ranks)
+                figures = RunFigures(self.engine, ranks, images, self.directory, self.tracker)
+            timeout = config.engine.timeout_seconds
+            watchdog = stack.enter_context(
+                Watchdog(self.directory, self.log_file, timeout, is_main=ranks.is_main)
+            )
+            return Trainer(
+                config=config,
+                plan=plan,
+                ranks=ranks,
+                engine=self.engine,
+                batches=batches,
+                validation=validation,
+                figures=figures,
+                quarantine=Quarantine(self.directory, ranks.rank, config.data.max_bad_share),
+                meter=_meter(config, plan, ranks, start),
+                run_dir=self.directory,
+                data_state=lambda step, skipped: data_state(step, plan, seed, skipped),
+                stop=self.stop,
+                start=start,
+                tracker=self.tracker,
+                watchdog=watchdog,
+            ).run()
+
+    def go_back(self, trouble: TroubleError) -> Start:
+        """Take the engine back to a checkpoint from before the trouble, in this process."""
+        go_back(self.directory, trouble, self.config.recovery, self.ranks, self.tracker)
+        found = newest_valid(self.directory, self.ranks)
+        assert found is not None, "a checkpoint was there to go back to"
+        start = _start_at(found, self.config, self.plan, self.data.train, self.allow_change)
+        self.engine.restore(found.read, found.manifest.optimizer_steps)
+        found.close()
+        return start
 
 
 def _open_data(config: Config, ranks: Ranks) -> Data:
@@ -188,7 +236,7 @@ def _start_at(
     progress = dict(found.manifest.progress)
     if found.manifest.plan["val_digest"] != plan.val_digest and progress.pop("best", None):
         log.info("another validation set: the best score so far does not count on it")
-    return Start(found.manifest.step, progress)
+    return Start(found.manifest.step, progress, Skipped.of(found.manifest.data))
 
 
 def _hand_off(config: Config, init: InitConfig, ranks: Ranks) -> _HandOff:
@@ -304,6 +352,7 @@ def _conclude(outcome: Outcome, directory: Path, tracker: Tracker) -> None:
         first_scores=outcome.first_scores,
         scores=outcome.scores,
         best=outcome.best,
+        rollbacks=outcome.rollbacks,
     )
     _attach(directory, tracker, run_dir.CONFIG, run_dir.PLAN, run_dir.STATUS, REPORT)
     if outcome.status == "finished":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from pretrain import command, logs, run_dir, stop, world
+from pretrain import command, faults, logs, run_dir, stop, world
 from pretrain.config import Config, load
 from pretrain.errors import PeerError, UserError
 
@@ -47,6 +47,7 @@ def train(config: Path, overrides: tuple[str, ...], allow_change: tuple[str, ...
 
 def _train(place: world.World, path: Path, overrides: tuple[str, ...], allow_change: tuple[str, ...]) -> int:
     """Check what needs no other rank, then train; a failure leaves its words in the run directory."""
+    faults.arm(os.environ, place.rank)
     config = load(path, overrides)
     directory = Path(config.run.dir)
     run_dir.check_writable(directory)

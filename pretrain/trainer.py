@@ -4,6 +4,7 @@ Pretraining and fine-tuning are the same loop under another config. Everything t
 evaluate, save, stop) is a function of the step or was agreed by all ranks.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,21 +14,28 @@ from typing import Any, Literal, Protocol
 
 from tqdm import tqdm
 
+from pretrain import faults
 from pretrain.batch import Batch
 from pretrain.checkpoint.save import Content
 from pretrain.config import Config, Plan
 from pretrain.data.quarantine import BadSample, Quarantine
+from pretrain.data.skipped import NOTHING, Skipped
 from pretrain.data.state import distinct_seen, source_epochs
 from pretrain.distributed import Ranks, StepExchange, StepFacts
 from pretrain.engine import Engine
+from pretrain.errors import PeerError, ReplicaError
 from pretrain.logs import log
 from pretrain.metrics import Meter
 from pretrain.optim import lr_at
+from pretrain.pace import Pace
 from pretrain.profiling import StepProfile
+from pretrain.recovery import BadSteps
+from pretrain.replicas import check_replicas
 from pretrain.saving import Saves
 from pretrain.score import Scores, score
 from pretrain.stop import StopFlag
 from pretrain.tracking import Tracker
+from pretrain.watchdog import Watchdog
 
 
 class TrainBatches(Protocol):
@@ -36,8 +44,8 @@ class TrainBatches(Protocol):
     wait_seconds: float
     """Time spent waiting for data so far."""
 
-    def steps(self, first_step: int) -> Iterator[Sequence[Batch]]:
-        """For each step from `first_step` on, without end, the micro-batches of this rank."""
+    def steps(self, first_step: int, skipped: Skipped) -> Iterator[Sequence[Batch]]:
+        """For each step from `first_step` on, without end, the micro-batches of this rank; none of skipped batches."""
 
     def take_bad(self) -> Sequence[BadSample]:
         """Bad samples that were replaced in the steps handed out since the last call."""
@@ -49,6 +57,7 @@ class Start:
 
     step: int = 0
     progress: Mapping[str, Any] | None = None
+    skipped: Skipped = NOTHING
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ class Outcome:
     first_scores: Mapping[str, float]
     scores: Mapping[str, float]
     best: Mapping[str, float]
+    rollbacks: int
 
 
 class _LeftError(Exception):
@@ -83,10 +93,11 @@ class Trainer:
         quarantine: Quarantine,
         meter: Meter,
         run_dir: Path,
-        data_state: Callable[[int], Mapping[str, Any]],
+        data_state: Callable[[int, Skipped], Mapping[str, Any]],
         stop: StopFlag,
         start: Start,
         tracker: Tracker | None,
+        watchdog: Watchdog,
     ) -> None:
         self.config = config
         self.plan = plan
@@ -101,13 +112,19 @@ class Trainer:
         self.data_state = data_state
         self.stop = stop
         self.tracker = tracker
+        self.watchdog = watchdog
+        self._pace = Pace(ranks)
+        self._own_wait, self._paced_step = 0.0, start.step
         self.step = start.step
+        self.skipped = start.skipped
         progress = dict(start.progress or {})
         self.skipped_steps = int(progress.get("skipped_steps", 0))
         self.bad_samples = int(progress.get("bad_samples", 0))
         self.first_scores: dict[str, float] = dict(progress.get("first_scores", {}))
         self.scores: dict[str, float] = dict(progress.get("scores", {}))
         self.best: dict[str, float] = dict(progress.get("best", {}))
+        self.rollbacks = int(progress.get("rollbacks", 0))
+        self._bad_steps = BadSteps(config.recovery, plan.global_batch, progress)
         self._saves = Saves(run_dir, config.checkpoint, ranks, quarantine.merge)
         self._exchange = StepExchange(ranks)
         self._profile = StepProfile(config.profile, ranks, run_dir)
@@ -118,7 +135,8 @@ class Trainer:
     def run(self) -> Outcome:
         """Train to the plan's last step, or until a signal asked to stop; either way the end is checkpointed.
 
-        Raises `DataError` on all ranks, after a checkpoint, where more samples are bad than the error budget allows.
+        Raises `DataError` on all ranks, after a checkpoint, where more samples are bad than the error budget allows,
+        and `TroubleError` where it has to go back.
         """
         self.quarantine.check(self.bad_samples, self._distinct_seen())
         if self.ranks.is_main:
@@ -132,15 +150,23 @@ class Trainer:
         saved_at = self.step
         if self.step < self.plan.total_steps and not self._stop_agreed:
             with self._progress_bar() as bar:
-                for micro_batches in self.batches.steps(self.step):
+                for micro_batches in self.batches.steps(self.step, self.skipped):
                     self._train_step(micro_batches)
                     bar.update()
                     if self._is_due(self.plan.log_every_steps):
                         self._log(bar)
+                    check = self.config.recovery.check_replicas_every_steps
+                    if check is not None and self.step % check == 0:
+                        self._check_replicas()
+                    if self._bad_steps.is_trouble:
+                        self._profile.finish()
+                        self._finish_save()
+                        raise self._bad_steps.trouble(self.skipped, self.rollbacks)
                     if self.figures is not None and self._is_due(self.config.train.figures_every_steps):
                         self._draw(self.figures)
                     improved = self._is_due(self.plan.eval_every_steps) and self._evaluate()
                     due = self._save_agreed or self._is_due(self.plan.save_every_steps)
+                    due = due and self._is_sound()
                     if improved or due or self._stop_agreed:
                         self._save(best=improved)
                         saved_at = self.step
@@ -155,10 +181,17 @@ class Trainer:
         self._finish_save()
         self.quarantine.check(self.bad_samples, self._distinct_seen())
         return Outcome(
-            "finished" if finished else "interrupted", self.step, self.first_scores, self.scores, self.best
+            "finished" if finished else "interrupted",
+            self.step,
+            self.first_scores,
+            self.scores,
+            self.best,
+            self.rollbacks,
         )
 
     def _train_step(self, micro_batches: Sequence[Batch]) -> None:
+        if faults.at("step", self.step):
+            micro_batches[0].weights[0] = math.nan
         lr = lr_at(self.step, self.plan)
         waited, self._waited = self.batches.wait_seconds - self._waited, self.batches.wait_seconds
         with self._profile.step(self.step + 1, waited):
@@ -166,10 +199,13 @@ class Trainer:
         self.step += 1
         self.skipped_steps += not output.applied
         self._last_step = {"train/lr": lr, "train/grad_norm": output.grad_norm}
+        self.watchdog.beat(self.step)
+        self._own_wait += waited
         bad = self.quarantine.record(self.batches.take_bad())
         facts = self._exchange.push(
             self.step,
             output.loss_sum,
+            applied=output.applied,
             stop=bool(self.stop),
             wait_seconds=waited,
             bad_samples=bad,
@@ -182,6 +218,9 @@ class Trainer:
     def _learn(self, facts: Sequence[StepFacts]) -> None:
         """Take in what all ranks now know of earlier steps."""
         self.meter.add(facts)
+        for words in self._bad_steps.add(facts):
+            if self.ranks.is_main:
+                log.warning(words)
         self.bad_samples += round(sum(fact.bad_samples for fact in facts))
         over_budget = self.bad_samples > 0 and not self.quarantine.allows(
             self.bad_samples, self._distinct_seen()
@@ -190,8 +229,13 @@ class Trainer:
         self._save_agreed = self._save_agreed or any(fact.saves_due > 0 for fact in facts)
         self._all_written = any(fact.saves_written == self.ranks.size for fact in facts)
 
+    def _is_sound(self) -> bool:
+        """Whether the last step was a good one: a checkpoint from before bad ones must not make room for one of them."""
+        self._learn(self._exchange.drain())
+        return self._bad_steps.in_a_row == 0
+
     def _distinct_seen(self) -> int:
-        return distinct_seen(self.step, self.plan, self.config.run.seed)
+        return distinct_seen(self.step, self.plan, self.config.run.seed, self.skipped)
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and (self.step % every == 0 or self.step == self.plan.total_steps)
@@ -203,16 +247,17 @@ class Trainer:
 
     def _log(self, bar: "tqdm[Any]") -> None:
         self._learn(self._exchange.drain())
-        metrics = self.meter.record()
+        metrics = self.meter.record() | self._spread()
         metrics |= {name: float(value) for name, value in self._last_step.items()}
         metrics |= {
             "train/epoch": self.step * self.plan.global_batch / self.plan.train_samples,
             "train/samples": self.step * self.plan.global_batch,
             "train/skipped_steps": self.skipped_steps,
+            "train/rollbacks": self.rollbacks,
             "data/bad_samples": self.bad_samples,
         }
         if len(self.plan.sources) > 1 or self.plan.repeats > 1:  # else it is the epoch
-            passes = source_epochs(self.step, self.plan, self.config.run.seed)
+            passes = source_epochs(self.step, self.plan, self.config.run.seed, self.skipped)
             metrics |= {f"data/epoch/{name}": value for name, value in passes.items()}
         self._track(metrics)
         speed = metrics["perf/images_per_second"]
@@ -223,6 +268,11 @@ class Trainer:
                 self.step, self.plan.total_steps, metrics["train/loss"], metrics["train/lr"], speed,
                 100 * metrics["perf/data_wait_share"],
             )  # fmt: skip
+
+    def _spread(self) -> dict[str, float]:
+        own, self._own_wait = self._own_wait + self.engine.take_forward_seconds(), 0.0
+        steps, self._paced_step = self.step - self._paced_step, self.step
+        return self._pace.record(own, steps)
 
     def _evaluate(self) -> bool:
         """Score the whole validation set; returns whether it is the best so far. Without one, False.
@@ -253,6 +303,7 @@ class Trainer:
         return improved and self.config.checkpoint.keep_best
 
     def _score(self, batches: Iterable[Batch]) -> Scores:
+        faults.at("evaluate", self.step)
         until_stop = self._until_stop(batches)
         return score(self.engine.forward, until_stop, self.config, self.plan.val_samples, self.ranks)
 
@@ -262,18 +313,29 @@ class Trainer:
         for batch in batches:
             if is_stopped is not None and is_stopped():
                 raise _LeftError
+            self.watchdog.beat(self.step)
             is_stopped = self.ranks.start_any(bool(self.stop))
             yield batch
         if is_stopped is not None:
             is_stopped()  # too late: the pass is complete
 
     def _save(self, *, best: bool) -> None:
+        self.watchdog.beat(self.step)
         with self._outside_of_speed():
+            if self.config.recovery.check_replicas_every_steps is not None:
+                self._check_replicas()
             self._learn(self._exchange.drain())
             if self.tracker is not None:
                 self.tracker.sync()
             self._track(self._saves.begin(self._content(), best=best))
             self._save_agreed = self._all_written = False
+
+    def _check_replicas(self) -> None:
+        try:
+            check_replicas(self.engine, self.ranks, self.step)
+        except (ReplicaError, PeerError):
+            self._finish_save()  # of an earlier step, at which they agreed
+            raise
 
     def _finish_save(self) -> None:
         with self._outside_of_speed():
@@ -285,10 +347,12 @@ class Trainer:
             step=self.step,
             config=self.config,
             plan=self.plan,
-            data=self.data_state(self.step),
+            data=self.data_state(self.step, self.skipped),
             progress=self.meter.state()
+            | self._bad_steps.state()
             | {
                 "owes_score": self._owes_score,
+                "rollbacks": self.rollbacks,
                 "skipped_steps": self.skipped_steps,
                 "bad_samples": self.bad_samples,
                 "first_scores": self.first_scores,

@@ -17,7 +17,12 @@ from pretrain.distributed import _free_port as free_port
 from pretrain.train import train
 from pretrain.world import World
 
-_PRELOAD = ["deepspeed", "pretrain.engine.engine", "pretrain.stage"]
+_PRELOAD = [
+    "deepspeed",
+    "pretrain.engine.engine",
+    "pretrain.stage",
+    "torch._dynamo",
+]  # the last: for any optimizer
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOAD)
 

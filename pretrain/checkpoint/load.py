@@ -1,6 +1,7 @@
 """Reading a checkpoint: verify, then read just the ranges that are asked for."""
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,13 +119,16 @@ def open_weights_together(path: Path, which: str, ranks: Ranks) -> WeightsFile:
     return _opened(folder, manifest, problems)
 
 
-def newest_valid(run_dir: Path, ranks: Ranks) -> Slices | None:
+def newest_valid(run_dir: Path, ranks: Ranks, before: float = math.inf) -> Slices | None:
     """The newest checkpoint of a run that verifies, the same on all ranks; None where there is none at all.
+
+    before: only checkpoints of earlier steps than this count.
 
     All ranks share the hashing. Damaged ones are named in the log and left where they are. Raises
     `CheckpointError` if there are checkpoints and none verifies.
     """
-    folders = ranks.broadcast([folder.name for folder in reversed(layout.checkpoints(run_dir))])
+    known = [folder for folder in layout.checkpoints(run_dir) if layout.step_of(folder) < before]
+    folders = ranks.broadcast([folder.name for folder in reversed(known)])
     rejected = []
     for name in folders:
         folder = run_dir / layout.FOLDER / name

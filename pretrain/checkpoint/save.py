@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pretrain import faults
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.layout import Manifest
 from pretrain.config import Config, Plan
@@ -62,6 +63,7 @@ class Saver:
     def begin(self, content: Content) -> None:
         """Start a save of `content`, which may change afterwards. All ranks; none may be pending."""
         assert self._writing is None, "the save before was not committed"
+        faults.at("save", content.step)
         folder = layout.folder_of(self._run_dir, content.step)
         aside = folder.with_name(folder.name + ".tmp")
         problem = None
@@ -81,6 +83,7 @@ class Saver:
         """
         assert self._writing is not None, "no save was begun"
         writing, self._writing = self._writing, None
+        faults.at("commit", writing.content.step)
         writing.thread.join()
         answers = self._ranks.gather((writing.receipt, writing.problem))
         failed = [f"rank {rank}: {why}" for rank, (_, why) in enumerate(answers) if why is not None]
@@ -117,6 +120,7 @@ class _Writing:
 
     def _write(self, rank: int) -> None:
         try:
+            faults.at("write", self.content.step)
             if self.problem is None:
                 self.receipt = _write_rank_file(self.aside, self._slices, rank)
         except OSError as error:
@@ -170,6 +174,13 @@ def prune(run_dir: Path, keep: int, step: int) -> None:
     for left in (run_dir / layout.FOLDER).glob("step_*.*"):
         shutil.rmtree(left, ignore_errors=True)
         log.debug("removed %s", left)
+
+
+def remove_later(run_dir: Path, step: int) -> None:
+    """Rank 0: delete the checkpoints of steps after this one, to which the run goes back."""
+    for folder in reversed(layout.checkpoints(run_dir)):
+        if layout.step_of(folder) > step:
+            _remove(folder)
 
 
 def _remove(folder: Path) -> None:
@@ -233,10 +244,13 @@ def _manifest(content: Content, receipts: list[_Receipt], world_size: int) -> Ma
 
 
 def _commit(aside: Path, folder: Path, manifest: Manifest) -> None:
+    faults.at("manifest", manifest.step)
     layout.write_manifest(aside, manifest)
+    faults.at("rename", manifest.step)
     doomed = _set_aside(folder) if folder.exists() else None  # a damaged one that this run fell back from
     aside.rename(folder)
     if doomed is not None:
         shutil.rmtree(doomed, ignore_errors=True)
     layout.sync_folder(folder.parent)
+    faults.at("latest", manifest.step)
     layout.point(folder.parent.parent, layout.LATEST, folder)

@@ -54,6 +54,9 @@ def _idle(config: Config) -> Iterator[_Idle]:
     if config.checkpoint.every_minutes != "auto":
         reason = "checkpoint.every_minutes is not auto"
         yield _Idle("checkpoint", config.checkpoint, ("failures_per_day",), reason)
+    if config.engine.zero_stage == 3:
+        reason = "engine.zero_stage is 3: no rank holds what another holds"
+        yield _Idle("recovery", config.recovery, ("check_replicas_every_steps",), reason)
     if data.val is None:
         yield _Idle("data", data, ("val_crop",), "there is no data.val")
         yield _Idle(

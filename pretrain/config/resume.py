@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "data.max_bad_share",
     "checkpoint",
     "profile",
+    "recovery",
     "tracking",
     "run.dir",
     "run.campaign",

@@ -174,6 +174,23 @@ class CheckpointConfig(Section):
     keep_best: bool = Field(True, description="also keep the best by validation top-1")
 
 
+class RecoveryConfig(Section):
+    after_bad_steps: Positive = Field(
+        5,
+        description="steps in a row with a loss or gradient that is not finite, after which the run goes back to a checkpoint",
+    )
+    max_rollbacks: Annotated[int, Field(ge=0, le=8)] = Field(
+        2, description="times that a run may go back; after them such steps stop it"
+    )
+    spike_factor: Annotated[float, Field(gt=1.0)] | None = Field(
+        None, description="a loss of more than this times its recent mean is a bad step too; none: no loss is"
+    )
+    check_replicas_every_steps: Positive | None = Field(
+        None,
+        description="steps between two comparisons of the weights over all ranks, besides one before each save; none: never",
+    )
+
+
 class InitConfig(Section):
     source: str = Field(
         alias="from",
@@ -226,5 +243,6 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     profile: ProfileConfig = ProfileConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     init: InitConfig | None = None
     tracking: TrackingConfig = TrackingConfig()

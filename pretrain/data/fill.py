@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from pretrain import faults
 from pretrain.config import DataConfig, ModelConfig
 from pretrain.data.augment import EvalView, TrainView
 from pretrain.data.box import Box, Pixels
@@ -36,20 +37,23 @@ class Filler:
         reader: Reader,
         *,
         replace_bad: bool,
+        global_batch: int,
     ) -> None:
         """All of it but the reader, whoever made it closes it, can be sent to another process.
 
+        global_batch: that positions are counted in, to tell their step.
         replace_bad: another sample stands in for a bad one (see `quarantine`), which else is an error.
         """
         self._dataset, self._view, self._reader = dataset, make_view(), reader
         self._max_pixels, self._model = data.max_pixels, model
-        self._replace_bad = replace_bad
+        self._replace_bad, self._global_batch = replace_bad, global_batch
 
     def fill(self, rows: Rows, images: npt.NDArray[np.uint8], labels: IntArray) -> list[BadSample]:
         """Write images uint8 [n, H, W, C] and labels int64 [n] of n rows. Returns what was replaced.
 
         Raises `DataError`, also for a bad sample that nothing may stand in for.
         """
+        faults.at("data", int(rows.position[0]) // self._global_batch)
         draws = self._view.draws(rows.epoch, self._dataset.starts[rows.shard] + rows.sample, rows.repeat)
         bad = []
         for i, sample in enumerate(self._read(rows)):

@@ -34,6 +34,7 @@ from pretrain.data.fill import Filler
 from pretrain.data.order import Rows, evaluation_slice
 from pretrain.data.quarantine import BadSample
 from pretrain.data.reader import blocks_in_use, evaluation_blocks, has_remote, open_reader, shares
+from pretrain.data.skipped import NOTHING, Skipped
 from pretrain.data.state import planned_order
 from pretrain.data.workers import make_workers
 from pretrain.draws import IntArray
@@ -96,7 +97,15 @@ class _Loader:
         )
         self._workers = make_workers(
             data.workers,
-            partial(Filler, dataset, data, model, make_view, replace_bad=replace_bad),
+            partial(
+                Filler,
+                dataset,
+                data,
+                model,
+                make_view,
+                replace_bad=replace_bad,
+                global_batch=plan.global_batch,
+            ),
             partial(open_reader, dataset, data, plan.block_samples, in_use, share),
             num_threads,
             shape,
@@ -178,26 +187,28 @@ class TrainLoader(_Loader):
         self._plan, self._slice = plan, plan.slice_of(rank)
         self._order = planned_order(dataset, plan, seed)
 
-    def steps(self, first_step: int) -> Iterator[list[Batch]]:
+    def steps(self, first_step: int, skipped: Skipped = NOTHING) -> Iterator[list[Batch]]:
         """For `first_step` (0 is the first of the run) and each that follows, without end: this rank's batches.
+
+        skipped: batches of the order that no step takes.
 
         Each step has `plan.accumulation` batches of `plan.micro_batch` rows. Where the rank's slice is shorter, rows
         at its end repeat its last sample with weight 0. Raises `DataError` from whatever thread it happened in.
         """
-        return self._stream(self._requests(first_step))
+        return self._stream(self._requests(first_step, skipped))
 
     def take_bad(self) -> list[BadSample]:
         """Bad samples that were replaced in the steps handed out since the last call."""
         taken, self._bad = self._bad, []
         return taken
 
-    def _requests(self, step: int) -> Iterator[list[tuple[Rows, BoolArray]]]:
+    def _requests(self, step: int, skipped: Skipped) -> Iterator[list[tuple[Rows, BoolArray]]]:
         plan = self._plan
         start, stop = self._slice
         row = np.arange(plan.accumulation * plan.micro_batch)
         counts, row = row < stop - start, np.minimum(row, stop - start - 1)
         while True:
-            rows = self._order.rows(step, start, stop)
+            rows = self._order.rows(skipped.batch(step), start, stop)
             yield [
                 (Rows(*(array[row[part]] for array in rows)), counts[part])
                 for part in _parts(plan.accumulation, plan.micro_batch)

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from pretrain import faults
 from pretrain.data.fill import Filler
 from pretrain.data.order import Rows
 from pretrain.data.pool import held_back
@@ -39,6 +40,7 @@ from pretrain.data.slots import Images, Slots, parts
 from pretrain.data.tar import Sample
 from pretrain.draws import IntArray
 from pretrain.errors import DataError, UserError
+from pretrain.world import from_environment
 
 _LEFT_TO_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """They reach the whole group or job step; the parent decides."""
@@ -296,6 +298,8 @@ def _serve(task: _Task, requests: Connection, replies: Connection, asks: Connect
         signal.signal(number, signal.SIG_IGN)  # for what is started from here
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    if faults.VARIABLE in os.environ:
+        faults.arm(os.environ, from_environment(os.environ).rank)
     lock = threading.Lock()
 
     def reply(slot: int | None, job: Callable[[], object]) -> None:

@@ -1,8 +1,8 @@
 """What a checkpoint says of the data: enough to go on at any step, on any ranks, and to refuse what would not be going on.
 
-The state is the same on every rank and below 1 KB whatever the size of the data: `samples_seen` rows were computed,
-each source gave so many samples, and the rest fixes the order. Nothing in it is needed to find the place again but
-the step: it is there to be compared and to be read by people.
+The state is the same on every rank and about 1 KB at most whatever the size of the data: `samples_seen` rows were computed,
+each source gave so many samples, `skipped` batches were passed over, and the rest fixes the order. Nothing in it is
+needed to find the place again but the step and `skipped`: it is there to be compared and to be read by people.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from pretrain.config import Plan
 from pretrain.data.dataset import Dataset
 from pretrain.data.mixing import Mix
 from pretrain.data.order import VERSION, Order, Share
+from pretrain.data.skipped import Skipped
 from pretrain.errors import CheckpointError, DataError
 
 
@@ -30,30 +31,34 @@ def planned_order(dataset: Dataset, plan: Plan, seed: int) -> Order:
     )
 
 
-def data_state(step: int, plan: Plan, seed: int) -> dict[str, Any]:
+def data_state(step: int, plan: Plan, seed: int, skipped: Skipped) -> dict[str, Any]:
     """After `step` steps; JSON. sources: of each its name, its ratio, and the samples that it gave."""
-    given = Mix([source.ratio for source in plan.sources], seed).before(step * plan.distinct_samples)
+    mix, next_batch = Mix([source.ratio for source in plan.sources], seed), skipped.batch(step)
+    given = mix.before(next_batch * plan.distinct_samples)
+    for start, stop in skipped.before(next_batch):
+        given = given - mix.before(stop * plan.distinct_samples) + mix.before(start * plan.distinct_samples)
     return _fixed(plan, seed) | {
         "samples_seen": step * plan.global_batch,
+        "skipped": [list(window) for window in skipped.windows],
         "sources": [[s.name, s.ratio, int(n)] for s, n in zip(plan.sources, given, strict=True)],
     }
 
 
-def source_epochs(step: int, plan: Plan, seed: int) -> dict[str, float]:
+def source_epochs(step: int, plan: Plan, seed: int, skipped: Skipped) -> dict[str, float]:
     """How often each source has been passed over after `step` steps, by name."""
-    given = data_state(step, plan, seed)["sources"]
+    given = data_state(step, plan, seed, skipped)["sources"]
     return {s.name: samples / s.samples for s, (_, _, samples) in zip(plan.sources, given, strict=True)}
 
 
-def distinct_seen(step: int, plan: Plan, seed: int) -> int:
+def distinct_seen(step: int, plan: Plan, seed: int, skipped: Skipped) -> int:
     """How many of the training samples have come at least once after `step` steps."""
-    given = data_state(step, plan, seed)["sources"]
+    given = data_state(step, plan, seed, skipped)["sources"]
     return sum(min(samples, s.samples) for s, (_, _, samples) in zip(plan.sources, given, strict=True))
 
 
 def check_continues(before: Mapping[str, Any], plan: Plan, seed: int, dataset: Dataset, where: str) -> None:
     """Raise where training from the state `before`, found at `where`, would not see the samples that were to follow."""
-    now = data_state(0, plan, seed)
+    now = data_state(0, plan, seed, Skipped())
     mixed, mixes = _mixture(before), _mixture(now)
     if mixed != mixes:
         raise CheckpointError(

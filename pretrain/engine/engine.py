@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain import logs
+from pretrain import faults, logs
 from pretrain.batch import Batch
 from pretrain.config import Config, Plan
 from pretrain.distributed import Ranks
 from pretrain.engine import fragments, private_api
 from pretrain.engine.fragments import Fragment
+from pretrain.engine.replicas import checksums
 from pretrain.engine.settings import deepspeed_config
+from pretrain.engine.timing import ForwardTime
 from pretrain.errors import ConfigError
 from pretrain.model import VisionTransformer, drop_path_rates, dropout_keys, keep_factors
 from pretrain.objective import Mix, Objective, draw_mix
@@ -42,7 +44,7 @@ def _untimed(part: str) -> contextlib.AbstractContextManager[None]:
 @dataclass(frozen=True)
 class StepOutput:
     """loss_sum: fp32 scalar on the device, this rank's weighted losses added up; grad_norm: of the whole global
-    batch before clipping, the same on all ranks; applied: False where a non-finite gradient made all ranks skip."""
+    batch before clipping, the same on all ranks; applied: False where a non-finite loss or gradient made all ranks skip."""
 
     loss_sum: Tensor
     grad_norm: float | Tensor
@@ -72,6 +74,7 @@ class Engine:
         self._engine, self._optimizer = self._build(log_file)
         private_api.set_timeouts(self._engine, timedelta(seconds=config.engine.timeout_seconds))
         self._held = fragments.held(self._engine)
+        self._forward_time = ForwardTime(ranks.device)
         self.steps_taken = 0
         """Updates made so far, over all attempts; skipped steps are none."""
 
@@ -115,16 +118,20 @@ class Engine:
             (keep, keys), mix = self._draws(batch), self._mix(batch)
             on_device = batch.to(self.ranks.device)
             own_pixels, own_label = (mix.pixels(self.plan.img_size), mix.label) if mix else (None, None)
-            with timed("forward"):
+            with timed("forward"), self._forward_time.measured():
                 logits = self._engine(on_device.images, keep, keys, own_pixels)
                 losses = self._objective.losses(logits, on_device.labels, own_label)
                 loss = (losses * on_device.weights).sum()
             loss_sum += loss.detach()
             with timed("backward"):
-                self._engine.backward(loss * self.plan.loss_scale, scale_wrt_gas=False)
+                # A loss that is not finite may have gradients that are; 0 * loss is 0 or makes them NaN, on all ranks.
+                self._engine.backward(
+                    loss * (self.plan.loss_scale + 0.0 * loss.detach()), scale_wrt_gas=False
+                )
             with timed("optimizer"):
                 if position == self.plan.accumulation:
                     norm = self._clip_replicated()
+                    faults.at("update")
                 self._engine.step()
         if self.plan.zero_stage > 0:
             norm = self._engine.get_global_grad_norm()
@@ -140,6 +147,17 @@ class Engine:
         with torch.no_grad():
             logits: Tensor = self._engine(batch.to(self.ranks.device).images)
         return logits
+
+    def take_forward_seconds(self) -> float:
+        """Time of training's forward passes since the last call; see `ForwardTime.take`."""
+        return self._forward_time.take()
+
+    def checksums(self) -> dict[str, int]:
+        """Of each weight that the forward pass uses and every rank holds whole, by name; at stage 3 there is none."""
+        if self.plan.zero_stage == 3:
+            return {}
+        names, tensors = zip(*self._engine.module.named_parameters(), strict=True)
+        return dict(zip(names, checksums(tensors).tolist(), strict=True))
 
     def write(self, weights: Mapping[str, Tensor]) -> None:
         """Set the fp32 masters exactly to `weights` (by name, fp32, read one at a time) and refresh what forward uses.

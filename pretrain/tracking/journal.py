@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pretrain import faults
 from pretrain.errors import RunDirError
 from pretrain.logs import log
 from pretrain.redact import redact_setting, redact_text
@@ -46,10 +47,18 @@ class _History:
 class Journal:
     """One attempt's journal. Rank 0 only; one living `Journal` per run directory."""
 
-    def __init__(self, descriptor: int, run_dir: Path, history: _History, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        descriptor: int,
+        run_dir: Path,
+        history: _History,
+        uri: str | None,
+        clock: Callable[[], float],
+    ) -> None:
         self._descriptor = descriptor
         self._lock = threading.Lock()
         self._is_closed = False
+        self._uri = uri
         self._run_dir = run_dir.resolve()
         self._clock = clock
         self._last_time = history.time
@@ -88,7 +97,7 @@ class Journal:
         except OSError as error:
             raise RunDirError(f"cannot write the journal {path}: {error.strerror or error}") from None
 
-        journal = cls(descriptor, run_dir, history, clock)
+        journal = cls(descriptor, run_dir, history, uri, clock)
         identity = {
             "experiment": redact_text(experiment),
             "name": redact_text(name),
@@ -100,6 +109,14 @@ class Journal:
             _warn_of_changes(history.run, identity)
         journal._append("attempt", from_step=from_step, uri=uri)
         return journal
+
+    def go_back(self, step: int) -> None:
+        """Begin another attempt, which goes on after `step` with other samples: nothing is compared with before."""
+        with self._lock:
+            self.attempt += 1
+            self._last_time += 1  # a value that differs must be newer than the one it replaces
+            self._points.clear()
+        self._append("attempt", from_step=step, uri=self._uri, other_samples=True)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Log values of one step. A step that an earlier attempt executed too is compared with it (see `records`).
@@ -206,6 +223,8 @@ class Journal:
         self._last_time = max(round(self._clock() * 1000), self._last_time)
         record: Record = {"op": op, "attempt": self.attempt, "time": self._last_time, **content}
         line = records.encode(record)
+        if op != "system":  # whose step is a second, in a thread of its own
+            faults.at("track", record.get("step"))
         written = os.write(self._descriptor, line)
         if written < len(line):  # a full disk took part of it: leave no half line before the next one
             os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
@@ -277,6 +296,10 @@ def _read(path: Path, from_step: int) -> _History:
                 history.run = record
             case "attempt":
                 history.attempt = record["attempt"]
+                if record.get("other_samples"):
+                    later = [known for known in history.points if known[1] > record["from_step"]]
+                    for name_and_step in later:
+                        del history.points[name_and_step]
             case "params":
                 history.params |= record["values"]
             case "metrics" if record["step"] >= from_step:

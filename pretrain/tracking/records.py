@@ -1,7 +1,7 @@
 """The lines of a journal, and how their values are checked. One JSON object per line, `op` first:
 
     {"op": "run", "format": 1, "uid", "experiment", "name", "campaign", "time"}        first line, once
-    {"op": "attempt", "attempt", "from_step", "uri", "time"}                           a process takes over
+    {"op": "attempt", "attempt", "from_step", "uri", "time", "other_samples"}          a process takes over, or goes back
     {"op": "metrics", "attempt", "step", "time", "values": {name: value}, "known": {name: [value, time]}}
     {"op": "system", "attempt", "step", "time", "values": {name: value}}               machines; step: second of the run
     {"op": "params" | "tags", "attempt", "time", "values": {name: text}}
@@ -12,7 +12,8 @@
 Times are milliseconds since 1970, given once and never again: MLflow keeps a point per (name, time, step, value), so
 the same point sent twice is one point. They never fall within a journal, whatever the clock does.
 
-An attempt that begins at `from_step` takes the place of what earlier attempts wrote about later steps.
+An attempt that begins at `from_step` takes the place of what earlier attempts wrote about later steps. Where it goes
+back to train on `other_samples` (true or missing), its values are not compared with theirs.
 `known` names the values of a line that stand for a point written before: an equal value of a step that was executed
 again keeps its first time, and a wall-clock value (`WALL_CLOCK`) keeps its first value too. Those points are what
 MLflow gets; `values` is what this attempt measured. Lines of `system` belong to the clock: nothing takes their place. NaN is null; an infinity is clamped to the largest float.
@@ -49,7 +50,7 @@ _FIELDS: dict[str, dict[str, type]] = {
     "artifact": {**_STAMP, "path": str},
     "status": {**_STAMP, "status": str},
 }
-"""What a line must have to be used; `known`, `campaign` and `uri` may be missing."""
+"""What a line must have to be used; `known`, `campaign`, `uri` and `other_samples` may be missing."""
 _LARGEST = 1.7976931348623157e308
 
 

@@ -85,6 +85,10 @@ class Tracker:
         """1 for a new run, one more at each restart."""
         return self._journal.attempt
 
+    def go_back(self, step: int) -> None:
+        """Begin another attempt in this process, after `step`; see `Journal.go_back`."""
+        self._journal.go_back(step)
+
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Log values of a step; see `Journal.metrics`."""
         self._journal.metrics(step, values)

@@ -18,6 +18,7 @@ from pretrain.data import Dataset, open_training
 from pretrain.data.mixing import MIN_BLOCK, Mix
 from pretrain.data.order import Order, Rows, Share
 from pretrain.data.scan import index_folder
+from pretrain.data.skipped import Skipped
 from pretrain.data.state import check_continues, data_state, source_epochs
 from pretrain.errors import CheckpointError, DataError
 
@@ -219,23 +220,24 @@ def test_an_epoch_as_a_length_is_as_many_rows_as_there_are_samples():
 
 def test_the_state_counts_what_each_source_gave():
     made = plan(augment={"repeats": 3})
-    state = data_state(250, made, seed=5)
+    state = data_state(250, made, 5, Skipped())
     assert state["samples_seen"] == 12_000
     assert [name for name, _, _ in state["sources"]] == ["s0", "s1"]
     given = np.array([samples for _, _, samples in state["sources"]])
     assert given.sum() == 4000
     assert abs(given[0] - 3000) < 64
-    passes = source_epochs(250, made, seed=5)
+    passes = source_epochs(250, made, 5, Skipped())
     assert passes == {"s0": given[0] / 700, "s1": given[1] / 300}
 
 
 def test_the_state_is_small_and_the_same_on_every_rank_and_world():
     shares = tuple(SourceShare(f"{'n' * 17}-{i:02d}", 10**12, 4095) for i in range(16))
     states = []
+    skipped = Skipped(tuple((first, first + 9) for first in range(10**11, 10**11 + 800, 100)))
     for world in (1, 5, 48):
         made = replace(plan(world=world), sources=shares, train_samples=16 * 10**12, block_samples=10**6)
-        states.append(json.dumps(data_state(10**11, made, seed=2**32 - 1)))
-    assert len(states[0]) < 1024
+        states.append(json.dumps(data_state(10**11, made, 2**32 - 1, skipped)))
+    assert len(states[0]) < 1280  # of the most and longest of everything; three sources: half of it
     assert len(set(states)) == 1
 
 
@@ -247,7 +249,7 @@ def a_dataset(digest: str = "d" * 64) -> Dataset:
 
 def test_going_on_with_another_mixture_data_set_or_order_is_refused():
     made = plan()
-    before = json.loads(json.dumps(data_state(10, made, seed=1)))
+    before = json.loads(json.dumps(data_state(10, made, 1, Skipped())))
     check_continues(before, plan(world=4), 1, a_dataset(), "step_10")
     for other in (plan(weights=(0.5, 0.5)), plan(FACTS, weights=(0.25, 0.75))):
         with pytest.raises(

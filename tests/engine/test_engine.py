@@ -144,6 +144,29 @@ def poisoned(ranks: Ranks, folder: Path) -> None:
             assert engine.step(tiny.micro_batches(cfg, plan, 3, ranks.rank), lr=1e-2).applied
 
 
+def test_a_non_finite_loss_with_finite_gradients_is_skipped_too(tmp_path: Path) -> None:
+    on_ranks(2, overflowing_loss, tmp_path)
+
+
+def overflowing_loss(ranks: Ranks, folder: Path) -> None:
+    for stage in STAGES:
+        engine, plan = make_engine(config(stage, "fp32", None, 0), ranks, folder)
+        source = dict(InitialWeights(engine.config.model, 0))
+        source["head.bias"] = torch.tensor(
+            [-3e38, 3e38, 0.0, 0.0, 0.0]
+        )  # class 0: log of its softmax is -inf
+        engine.write(source)
+        batches = tiny.micro_batches(engine.config, plan, 0, ranks.rank)
+        batches[0].labels[:] = 1
+        if ranks.rank == 1:
+            batches[0].labels[0] = 0
+        before = weights(engine)
+        out = engine.step(batches, lr=1e-2)
+        assert math.isinf(float(out.loss_sum)) == (ranks.rank == 1), stage
+        assert not out.applied, stage
+        assert all(torch.equal(value, before[name]) for name, value in weights(engine).items()), stage
+
+
 def test_gradient_norm_is_that_of_the_global_batch_before_clipping(tmp_path: Path) -> None:
     norms = on_ranks(2, grad_norms, tmp_path)
     cfg = config(0, "fp32", None, 0)
