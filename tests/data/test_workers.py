@@ -21,6 +21,7 @@ from pretrain.data import Dataset, open_dataset
 from pretrain.data.loader import EvalLoader, TrainLoader
 from pretrain.data.processes import shared_out
 from pretrain.data.scan import index_folder
+from pretrain.data.skipped import NOTHING
 from pretrain.errors import DataError
 
 
@@ -151,7 +152,7 @@ def test_closing_ends_processes_that_wait_for_a_store(copied):
         remote = open_dataset(server.url)
         server.always(faults.unavailable, ".tar")
         loader = train_loader(remote, read_timeout_seconds=60.0)
-        jobs = loader._start(*next(loader._requests(0))[0])
+        jobs = loader._start(*next(loader._requests(0, NOTHING))[0])
         while not block_requests(server):
             time.sleep(0.02)
         began = time.monotonic()
