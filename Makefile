@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format ui debian-packages clean
+.PHONY: help demo test lint format ui debian-packages native clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,7 +19,7 @@ help:  ## list the commands
 demo: $(VENV)/.installed  ## train, fine-tune and export a ViT on real images (DATA=folder of images by class, SMOKE=1: a few steps)
 	@$(BIN)/python -m pretrain.demo $(if $(DATA),--data "$$DATA") $(if $(SMOKE),--smoke)
 
-test: debian-packages $(VENV)/.installed-dev  ## run the test suite (ARGS="-k name" to choose)
+test: debian-packages $(VENV)/.installed-dev native  ## run the test suite (ARGS="-k name" to choose)
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## check format, style and types
@@ -66,6 +66,10 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed
 	@echo "Installing what the tests need"
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --editable '.[test,dev]' | $(SHOW_DOWNLOADS)
 	@touch $@
+
+native: $(VENV)/.installed-dev
+	@ls pretrain/data/_jpegbox*.so >/dev/null 2>&1 || \
+		$(BIN)/python -m pip install --quiet --no-deps --editable .  # there was no compiler when it was installed first
 
 debian-packages:
 	@missing=$$(for name in $(DEBIAN_PACKAGES); do dpkg -s $$name >/dev/null 2>&1 || echo $$name; done); \
