@@ -6,25 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from pretrain import run_dir
-from pretrain.checkpoint import checkpoints
-from pretrain.checkpoint.layout import config_of, step_of
+from pretrain import account, run_dir
+from pretrain.checkpoint.layout import config_of
 from pretrain.checkpoint.load import Slices, WeightsFile, newest_valid, open_weights_together
 from pretrain.config import Config, InitConfig, Plan, resolve
-from pretrain.config.idle import idle_settings
-from pretrain.config.resume import adapted, changed_keys, changed_numbers, flatten
+from pretrain.config.resume import adapted, changed_keys, changed_numbers
 from pretrain.data import Dataset, check_labels, facts, open_dataset, open_training
 from pretrain.data.loader import EvalLoader, TrainLoader
-from pretrain.data.quarantine import REPORT, Quarantine
+from pretrain.data.quarantine import Quarantine
 from pretrain.data.skipped import Skipped
 from pretrain.data.state import check_continues, data_state
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
-from pretrain.errors import ConfigError, UserError
+from pretrain.errors import ConfigError
 from pretrain.figures.during import NUM_IMAGES, RunFigures
 from pretrain.formats.files import is_export
 from pretrain.formats.native import ExportedWeights, open_export_together
@@ -32,7 +28,7 @@ from pretrain.hardware import detect
 from pretrain.images import validation_images
 from pretrain.logs import log
 from pretrain.metrics import Meter, peak_flops
-from pretrain.model import InitialWeights, forward_flops, num_parameters
+from pretrain.model import InitialWeights, forward_flops
 from pretrain.recovery import TroubleError, go_back
 from pretrain.stop import StopFlag
 from pretrain.tracking import SystemMetrics, Tracker
@@ -84,11 +80,11 @@ def run_stage(
         tracker = None
         with ranks.together():
             if ranks.is_main:
-                tracker = _start_tracking(config, plan, data, start, directory)
-                stack.push(lambda kind, *_: _fail(directory, tracker, afterwards) if kind else None)
+                tracker = account.start_tracking(config, plan, data.train, data.val, start, directory)
+                stack.push(lambda kind, *_: account.fail(directory, tracker, afterwards) if kind else None)
                 run_dir.write_config(directory, config, plan)
                 run_dir.write_status(directory, "running", start.step, attempt=tracker.attempt)
-                _announce(plan, config, start)
+                account.announce(plan, config, start)
         if config.tracking.system_seconds is not None:
             _look_at_nodes(stack, config.tracking.system_seconds, ranks, directory, tracker)
         handed = None
@@ -103,7 +99,7 @@ def run_stage(
             handed.source.close()
             with ranks.together():
                 if tracker is not None:
-                    _show_hand_off(handed, directory, tracker)
+                    account.show_hand_off(handed.source, handed.transfer, directory, tracker)
         else:
             engine.write(InitialWeights(config.model, config.run.seed))
         attempt = _Attempt(
@@ -117,9 +113,9 @@ def run_stage(
                 start = attempt.go_back(trouble)
         with ranks.together():
             if tracker is not None:
-                _conclude(outcome, directory, tracker)
+                account.conclude(outcome, directory, tracker)
                 status: Status = "FINISHED" if outcome.status == "finished" else "KILLED"
-                afterwards.callback(_finish, tracker, status)
+                afterwards.callback(account.finish, tracker, status)
     return outcome
 
 
@@ -267,21 +263,6 @@ def _meter(config: Config, plan: Plan, ranks: Ranks, start: Start) -> Meter:
     )
 
 
-def _start_tracking(config: Config, plan: Plan, data: Data, start: Start, directory: Path) -> Tracker:
-    params = flatten(config) | {f"plan.{name}": value for name, value in plan.as_dict().items()}
-    tags = {"stage": "finetune" if config.init else "pretrain", "run_dir": str(directory)}
-    if config.init is not None:
-        tags["init_from"] = config.init.source
-    tracker = Tracker.start(
-        directory, config.tracking, config.run,
-        params=params | {"parameters": num_parameters(config.model)}, tags=tags, from_step=start.step,
-    )  # fmt: skip
-    tracker.dataset("train", data.train.digest, data.train.source, "training")
-    if data.val is not None:
-        tracker.dataset("val", data.val.digest, data.val.source, "validation")
-    return tracker
-
-
 def _look_at_nodes(
     stack: ExitStack, every_seconds: float, ranks: Ranks, directory: Path, tracker: Tracker | None
 ) -> None:
@@ -292,75 +273,3 @@ def _look_at_nodes(
         tracker.tags({"nodes": " ".join(dict.fromkeys(hosts))})
     if node is not None:
         stack.enter_context(SystemMetrics(directory, node, num_nodes, every_seconds, tracker))
-
-
-def _announce(plan: Plan, config: Config, start: Start) -> None:
-    table = Table(
-        "plan", f"{num_parameters(config.model):,} parameters, from step {start.step:,}", title=config.run.dir
-    )
-    for what, value in plan.table():
-        table.add_row(what, value)
-    Console(stderr=True).print(table)
-    for words in idle_settings(config):
-        log.warning(words)
-
-
-def _show_hand_off(handed: _HandOff, directory: Path, tracker: Tracker) -> None:
-    source, report = handed.source, handed.transfer.as_table()
-    table = Table("weight", "what became of it", "how", title=f"hand-off from {source.path}")
-    for row in report:
-        table.add_row(*row)
-    Console(stderr=True).print(table)
-    run_dir.write_hand_off(directory, str(source.path), source.step, source.digest, report)
-    tracker.tags({"init_from_checkpoint": str(source.path), "init_from_digest": source.digest})
-    tracker.artifact(Path(run_dir.HANDOFF))
-
-
-def _fail(directory: Path, tracker: Tracker, afterwards: ExitStack) -> None:
-    """Rank 0: an error ends the run; the last checkpoint stands. What fails here too is not the error to show."""
-    try:
-        saved = checkpoints(directory)
-        run_dir.write_status(directory, "failed", step_of(saved[-1]) if saved else 0, attempt=tracker.attempt)
-        _attach(directory, tracker, REPORT)
-    except (UserError, OSError) as error:
-        log.warning("the end of the run could not be written down: %s", error)
-    afterwards.callback(_finish, tracker, "FAILED")
-
-
-def _finish(tracker: Tracker, status: Status) -> None:
-    """How the run ended is written down by now: what fails here changes nothing in that."""
-    try:
-        tracker.finish(status)
-    except (UserError, OSError) as error:
-        log.warning("the end of the run could not be tracked: %s", error)
-
-
-def _attach(directory: Path, tracker: Tracker, *names: str) -> None:
-    """Keep those of these files that exist with the run."""
-    for name in names:
-        if (directory / name).is_file():
-            tracker.artifact(Path(name))
-
-
-def _conclude(outcome: Outcome, directory: Path, tracker: Tracker) -> None:
-    """Rank 0: say how it ended, to people and to scripts, and give MLflow the files that tell of it."""
-    run_dir.write_status(
-        directory,
-        outcome.status,
-        outcome.step,
-        attempt=tracker.attempt,
-        first_scores=outcome.first_scores,
-        scores=outcome.scores,
-        best=outcome.best,
-        rollbacks=outcome.rollbacks,
-    )
-    _attach(directory, tracker, run_dir.CONFIG, run_dir.PLAN, run_dir.STATUS, REPORT)
-    if outcome.status == "finished":
-        log.info(
-            "finished at step %d; next: pretrain evaluate %s, pretrain export %s",
-            outcome.step,
-            directory,
-            directory,
-        )
-    else:
-        log.info("stopped at step %d; the same command goes on from there", outcome.step)

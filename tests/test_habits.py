@@ -200,7 +200,10 @@ def test_make_alone_lists_every_command() -> None:
     done = make()
     assert done.returncode == 0, done.stderr
     phony = set(re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[1].split())  # type: ignore[index]
-    assert set(re.findall(r"^  make (\S+)", done.stdout, re.MULTILINE)) == phony - {"debian-packages", "native"}
+    assert set(re.findall(r"^  make (\S+)", done.stdout, re.MULTILINE)) == phony - {
+        "debian-packages",
+        "native",
+    }
 
 
 def test_make_demo_hands_its_settings_over_whole() -> None:
