@@ -25,8 +25,9 @@ _SECRET_VALUES = [
             re.IGNORECASE,
             rf"\1{REDACTED}",
         ),
+        (r"(\bbearer\s+)[\w.~+/=\-]{8,}", re.IGNORECASE, rf"\1{REDACTED}"),
         # with a figure or padding in it: `basic augmentation` is no header
-        (r"(\b(?:bearer|basic)\s+)(?=\S*[0-9=])[\w.~+/=\-]{8,}", re.IGNORECASE, rf"\1{REDACTED}"),
+        (r"(\bbasic\s+)(?=\S*[0-9=])[\w.~+/=\-]{8,}", re.IGNORECASE, rf"\1{REDACTED}"),
         (
             r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
             re.DOTALL,

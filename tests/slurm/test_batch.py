@@ -216,7 +216,7 @@ def test_a_user_s_mistake_ends_the_job_with_its_own_code(tmp_path: Path) -> None
 
 
 def test_words_of_an_earlier_attempt_do_not_count(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, ["exit 9"])
+    stage = Stage(tmp_path, ["exit 77"])
     run_dir.record_failure(stage.run, 7, DataError("old"), "old")
     assert stage.starts() == 85
     assert not list((stage.run / "logs").glob("*.failure"))
@@ -251,11 +251,11 @@ def test_an_export_is_finished_when_its_commands_are(tmp_path: Path) -> None:
 
 
 def test_a_broken_record_does_not_stop_the_judge(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, ["exit 9"])
+    stage = Stage(tmp_path, ["exit 77"])
     (stage.run / "slurm" / "train" / "attempts.jsonl").write_text(
         '{"job": "4711", "fai\n[]\n{"failures": 3}\n'
     )
     (stage.run / "status.json").write_text("{")
-    fake(stage.programs, "srun", f"echo '[' > {stage.run}/logs/rank_0.failure", "exit 9")
+    fake(stage.programs, "srun", f"echo '[' > {stage.run}/logs/rank_0.failure", "exit 77")
     assert stage.starts() == 85
     assert b"cannot be read" in stage.said.stderr
