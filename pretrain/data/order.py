@@ -103,19 +103,29 @@ class Order:
 
     def rows(self, step: int, start: int, stop: int) -> Rows:
         """Rows [start, stop) of the global batch of `step`; only their lanes are computed."""
-        source, number = self._mix.deal(step * self.distinct, self.distinct)
-        repeat, row = np.divmod(np.arange(start, stop, dtype=np.int64), self.distinct)
-        row = self._by_lane(source, number)[row]
-        position = step * self.global_batch + repeat * self.distinct + row
-        shard, sample, epoch = np.empty_like(row), np.empty_like(row), np.empty_like(row)
+        return self.several([step], start, stop)[0]
+
+    def several(self, steps: Sequence[int], start: int, stop: int) -> list[Rows]:
+        """`rows` of each of these steps, which ascend: at little more than the cost of one, since a lane is looked up
+        once for all of them."""
+        repeat, of_batch = np.divmod(np.arange(start, stop, dtype=np.int64), self.distinct)
+        dealt = [self._mix.deal(step * self.distinct, self.distinct) for step in steps]
+        row = [self._by_lane(source, number)[of_batch] for source, number in dealt]
+        source = np.concatenate([deal[0][rows] for deal, rows in zip(dealt, row, strict=True)])
+        number = np.concatenate([deal[1][rows] for deal, rows in zip(dealt, row, strict=True)])
+        shard, sample, epoch = np.empty_like(number), np.empty_like(number), np.empty_like(number)
         for s, lanes in enumerate(self._sources):
-            mine = source[row] == s
+            mine = source == s
             if mine.any():
-                place = lanes.at(number[row[mine]])
+                place = lanes.at(number[mine])
                 shard[mine] = place.shard + self._first_shard[s]
                 sample[mine], epoch[mine] = place.sample, place.epoch
-                lanes.forget(int(number[source == s][0]), int(number[source == s][-1]))
-        return Rows(shard, sample, epoch, position, repeat)
+                lanes.forget(int(number[mine].min()), int(number[mine].max()))
+        places = zip(*(np.split(array, len(steps)) for array in (shard, sample, epoch)), strict=True)
+        return [
+            Rows(shards, samples, epochs, step * self.global_batch + repeat * self.distinct + rows, repeat)
+            for step, rows, (shards, samples, epochs) in zip(steps, row, places, strict=True)
+        ]
 
     def _by_lane(self, source: IntArray, number: IntArray) -> IntArray:
         """The batch's positions as its rows list them: by lane, whichever source they come from."""
