@@ -71,7 +71,9 @@ def chosen(peers: bool, only: tuple[str, ...], cores: int, usable: int, *, paced
         raise ConfigError(
             f"--only {unknown[0]!r}: there is no such contender; one of: {', '.join(CONTENDERS)}"
         )
-    return [
+    if paced:
+        _require_room(only, cores, usable)
+    names = [
         name
         for name, contender in CONTENDERS.items()
         if (name in only or not only)
@@ -80,6 +82,35 @@ def chosen(peers: bool, only: tuple[str, ...], cores: int, usable: int, *, paced
         and cores * contender.times <= usable
         and all(_is_installed(package) for package in contender.needs)
     ]
+    left_out = [name for name in only if name not in names]
+    if left_out:
+        raise ConfigError(
+            f"--only {left_out[0]!r} cannot take part: it needs "
+            + (
+                "--pace"
+                if left_out[0] == PACED and not paced
+                else f"{cores * CONTENDERS[left_out[0]].times} cores"
+            )
+            + "".join(f", {package} installed" for package in CONTENDERS[left_out[0]].needs)
+            + (
+                ""
+                if peers or not CONTENDERS[left_out[0]].target.startswith("peers:")
+                else ", and no --no-peers"
+            )
+        )
+    return names
+
+
+def _require_room(only: tuple[str, ...], cores: int, usable: int) -> None:
+    if only and PACED not in only:
+        raise ConfigError(
+            f"--pace measures the contender {PACED!r}, which --only leaves out: add --only {PACED}"
+        )
+    if cores * CONTENDERS[PACED].times > usable:
+        raise ConfigError(
+            f"--pace needs {cores * CONTENDERS[PACED].times} cores, {cores} for data and as many for the step loop; "
+            f"there are {usable}: choose fewer --cores"
+        )
 
 
 def _is_installed(package: str) -> bool:

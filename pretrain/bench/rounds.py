@@ -5,6 +5,7 @@ line that it is sent, works through the images of a round and answers with what 
 answer in time is named and left out; none outlives the benchmark (`guard`).
 """
 
+import contextlib
 import json
 import os
 import re
@@ -120,7 +121,7 @@ class _Process:
         return "\n".join(said[errors[-1] :] if errors else said[-1:]) or "it said nothing"
 
     def close(self) -> None:
-        if self._process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # what its leader has started may outlive it
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate(timeout=_SECONDS_TO_END)
         self._guard.forget(self._process.pid)

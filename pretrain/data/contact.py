@@ -8,6 +8,7 @@ Folders of links and of indexes lie below `$XDG_CACHE_HOME/pretrain/indexes` (by
 were made of. Index and manifest are those of `pretrain shards index`, and so is the sample order.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -187,6 +188,13 @@ def _not_writable(folder: str, place: Path, error: OSError) -> DataError:
 @contextmanager
 def _alone(place: Path) -> Iterator[None]:
     """One process at a time; the kernel frees the lock of one that dies."""
-    with (place / _LOCK).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context((place / _LOCK).open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise DataError(
+                f"{place}: cannot be locked while its index is made: {error.strerror}\n"
+                "  Index the shards with `pretrain shards index` on a machine where that works, or set XDG_CACHE_HOME."
+            ) from None
         yield

@@ -25,6 +25,7 @@ from pretrain.data.store import TIMEOUT_SECONDS, NoSuchObjectError, Stores
 from pretrain.data.urls import check_source, expand, folder_of, is_remote, name_of, some
 from pretrain.draws import IntArray
 from pretrain.errors import DataError
+from pretrain.logs import log
 
 MAX_MANIFEST_BYTES = 2**30
 """Of a remote manifest; a shard takes about 250 bytes of it."""
@@ -116,7 +117,8 @@ def open_dataset(source: str, timeout_seconds: float = TIMEOUT_SECONDS) -> Datas
     """
     check_source(source)
     stores = Stores(timeout_seconds)
-    if Path(source).is_dir() or not source.strip().endswith(".tar"):
+    whole = Path(source).is_dir() or not source.strip().endswith(".tar")
+    if whole:
         folder = source.rstrip("/") if is_remote(source) else str(Path(source))
         places = {folder: _placed(folder, None, stores)}
         shards = places[folder].manifest.shards
@@ -129,7 +131,9 @@ def open_dataset(source: str, timeout_seconds: float = TIMEOUT_SECONDS) -> Datas
         shards = _listed(paths, {folder: place.manifest for folder, place in places.items()})
         where = [(places[folder_of(path)], name_of(path)) for path in paths]
     paths = [f"{place.tars}/{name}" for place, name in where]
-    _check_files([(path, shard) for path, shard in zip(paths, shards, strict=True) if not is_remote(path)])
+    _check_files(
+        [(path, shard) for path, shard in zip(paths, shards, strict=True) if not is_remote(path)], whole=whole
+    )
     elsewhere = any(place.tars != place.indexes for place in places.values())
     manifests = [place.manifest for place in places.values()]
     return Dataset(
@@ -182,8 +186,8 @@ def _listed(paths: list[str], manifests: dict[str, Manifest]) -> list[Shard]:
     return [known[folder_of(path)][name_of(path)] for path in paths]
 
 
-def _check_files(files: list[tuple[str, Shard]]) -> None:
-    """One listing of each folder; one `stat` a shard."""
+def _check_files(files: list[tuple[str, Shard]], *, whole: bool) -> None:
+    """One listing of each folder; one `stat` a shard. whole: all tars of a folder should be among them."""
     folders = dict.fromkeys(folder_of(path) for path, _ in files)
     present = {folder: {entry.name for entry in os.scandir(folder)} for folder in folders}
     for what, suffix in (("shards", ""), ("indexes", SUFFIX)):
@@ -195,6 +199,14 @@ def _check_files(files: list[tuple[str, Shard]]) -> None:
                 f"{len(missing)} of {len(files)} {what} are missing: {some(missing)}\n"
                 f"  Bring them back; or, to go on with what is there: {remedy(folder_of(missing[0]))}"
             )
+    for folder, names in present.items():
+        known = {name_of(path) for path, _ in files if folder_of(path) == folder}
+        others = sorted(name for name in names - known if name.endswith(".tar"))
+        if others and whole:
+            log.warning(
+                "%s: %d tars are not in its manifest and are left out: %s\n  To take them in: %s",
+                folder, len(others), some(others), remedy(folder),
+            )  # fmt: skip
     for path, shard in files:
         try:
             size = Path(path).stat().st_size

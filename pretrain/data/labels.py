@@ -20,6 +20,9 @@ from pretrain.logs import log
 LOOKED_AT = 512
 """Samples of each source; all of a smaller one."""
 
+READ_AT_ONCE = 32
+"""Of a store: they are as many blocks, each of one sample, and may be large."""
+
 
 def check_labels(dataset: Dataset, data: DataConfig, num_classes: int) -> None:
     """Raise `DataError` where training on `dataset` would not go far: see above. One process does it for all ranks.
@@ -61,7 +64,7 @@ def _look(dataset: Dataset, data: DataConfig) -> IntArray:
         if (count := min(LOOKED_AT, stop - start))
     ]
     without_cache = data.model_copy(update={"cache_dir": None, "cache_gib": None, "read_ahead_mib": None})
-    reader = open_reader(dataset, without_cache, block_samples=1, blocks_in_use=LOOKED_AT)
+    reader = open_reader(dataset, without_cache, block_samples=1, blocks_in_use=READ_AT_ONCE)
     labels = []
     try:
         places = (dataset.locate(np.array([number])) for number in np.concatenate(parts))

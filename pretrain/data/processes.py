@@ -44,6 +44,7 @@ from pretrain.world import from_environment
 
 _LEFT_TO_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """They reach the whole group or job step; the parent decides."""
+_SECONDS_TO_END = 10.0
 _SLOTS_A_THREAD = 2
 
 R = TypeVar("R")
@@ -107,7 +108,7 @@ class Processes:
             self._children.append(_start(context, task, free))
         self._listener = threading.Thread(target=self._listen, name="decode-replies", daemon=True)
         self._listener.start()
-        atexit.register(self._hang_up)  # multiprocessing would wait for children that nobody has closed
+        atexit.register(self._end_at_exit)  # multiprocessing would wait for children that nobody has closed
 
     def start(self, rows: Rows, images: Images, labels: IntArray) -> list["Future[list[BadSample]]"]:
         jobs = [
@@ -127,7 +128,7 @@ class Processes:
         if self._reader is not None:
             self._reader.close()  # first: it ends the waits of threads that read
         self._hang_up()
-        atexit.unregister(self._hang_up)
+        atexit.unregister(self._end_at_exit)
         self._listener.join()
         self._reading.shutdown(wait=True, cancel_futures=True)
         for child in self._children:
@@ -141,6 +142,15 @@ class Processes:
             self._closing = True
             for child in self._children:
                 child.requests.close()
+
+    def _end_at_exit(self) -> None:
+        """No thread of ours may be in the middle of a tensor while the interpreter goes: torch aborts the process."""
+        self._hang_up()
+        self._listener.join(_SECONDS_TO_END)
+        if self._listener.is_alive():
+            for child in self._children:
+                child.process.kill()
+            self._listener.join(_SECONDS_TO_END)
 
     def _send(self) -> None:
         """Give waiting jobs to the processes with most free slots; the caller holds the lock."""
@@ -162,7 +172,14 @@ class Processes:
                 return
 
     def _listen(self) -> None:
-        """In a thread: take in what the processes say until all of them are gone."""
+        """In a thread: take in what the processes say until all of them are gone, or nobody would answer those who wait."""
+        try:
+            self._hear()
+        except BaseException:
+            self._fail(RuntimeError(traceback.format_exc()))
+            raise
+
+    def _hear(self) -> None:
         replies: dict[Any, _Child] = {child.replies: child for child in self._children}
         asks: dict[Any, _Child] = {child.asks: child for child in self._children if child.asks is not None}
         pipe: Any
@@ -213,7 +230,12 @@ class Processes:
         except Exception:
             answer = RuntimeError(traceback.format_exc())
         with child.answering, suppress(OSError):  # the process may be gone
-            child.asks.send((number, answer))
+            try:
+                child.asks.send((number, answer))
+            except OSError:
+                raise
+            except Exception:  # it cannot be sent
+                child.asks.send((number, RuntimeError(traceback.format_exc())))
 
     def _gone(self, child: _Child) -> None:
         """A process has ended. By itself, that is the end of all: what is under way, and what is still to come."""
@@ -222,7 +244,8 @@ class Processes:
             self._fail(
                 DataError(
                     f"a process that decodes ended with code {child.process.exitcode}\n"
-                    "  -9 is what the system does when memory runs out: use fewer data.decode_threads."
+                    "  -9 is what the system does when memory runs out, -7 when /dev/shm does: use fewer\n"
+                    "  data.decode_threads, or give the container more of it."
                 )
             )
         with self._lock:
@@ -283,13 +306,16 @@ class _Asking:
         """The pipe ends with the process."""
 
     def _listen(self) -> None:
-        while True:
-            number, answer = self._pipe.recv()  # its end is the end of the parent, and so of this process
-            asked = self._asked.pop(number)
-            if isinstance(answer, Exception):
-                asked.set_exception(answer)
-            else:
-                asked.set_result([Sample(key, memoryview(image), label) for key, image, label in answer])
+        try:
+            while True:
+                number, answer = self._pipe.recv()  # its end is the end of the parent, and so of this process
+                asked = self._asked.pop(number)
+                if isinstance(answer, Exception):
+                    asked.set_exception(answer)
+                else:
+                    asked.set_result([Sample(key, memoryview(image), label) for key, image, label in answer])
+        finally:
+            os._exit(1)  # those who have asked would wait for ever; the parent hears that the process is gone
 
 
 def _serve(task: _Task, requests: Connection, replies: Connection, asks: Connection | None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from made import sample_members, write_tar
 from pretrain.data import contact, facts, open_dataset
 from pretrain.data.scan import index_folder
 from pretrain.errors import DataError
+from pretrain.logs import log
 
 
 def test_a_folder_and_the_pattern_of_all_its_shards_are_one_data_set(digits):
@@ -189,3 +191,16 @@ def test_a_manifest_that_is_not_json_is_refused(copied):
     (folder / "manifest.json").write_bytes(b"\x00\xff{")
     with pytest.raises(DataError, match="not a usable manifest"):
         open_dataset(str(folder))
+
+
+def test_a_tar_that_the_manifest_does_not_name_is_left_out_aloud(copied, train_set, caplog):
+    folder = copied()
+    shutil.copy(next(folder.glob("*.tar")), folder / "zz-new.tar")
+    log.addHandler(caplog.handler)
+    try:
+        assert open_dataset(str(folder)).digest == train_set.digest
+    finally:
+        log.removeHandler(caplog.handler)
+    assert "1 tars are not in its manifest and are left out: " in caplog.text
+    assert "zz-new.tar" in caplog.text
+    assert "pretrain shards index" in caplog.text
