@@ -98,7 +98,7 @@ def read_status(run_dir: Path) -> Mapping[str, Any]:
     """What `write_status` wrote last; raises `RunDirError` where there is nothing or it cannot be read."""
     try:
         status: Mapping[str, Any] = json.loads((run_dir / STATUS).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunDirError(f"{run_dir} is not the directory of a run: {error}") from None
     return status
 
@@ -116,7 +116,7 @@ def read_heartbeat(run_dir: Path) -> Mapping[str, Any] | None:
     """What `write_heartbeat` wrote last; None where there is nothing to read."""
     try:
         beat: Mapping[str, Any] = json.loads((run_dir / HEARTBEAT).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return beat
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from pretrain.checkpoint import checkpoints
 from pretrain.checkpoint.interval import SaveClock
 from pretrain.checkpoint.layout import LATEST, folder_of, point, step_of
+from pretrain.checkpoint.mirror import Mirror
 from pretrain.checkpoint.save import Content, Saver, amend, mark_best, prune
 from pretrain.config import CheckpointConfig
 from pretrain.distributed import Ranks
@@ -16,11 +17,16 @@ class Saves:
     """The saves of one run. All ranks make one and call `begin` and `finish` together."""
 
     def __init__(
-        self, run_dir: Path, config: CheckpointConfig, ranks: Ranks, after_commit: Callable[[], None]
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        ranks: Ranks,
+        after_commit: Callable[[], None],
+        mirror: Mirror | None,
     ) -> None:
-        """after_commit: what rank 0 does besides, once a checkpoint is published."""
+        """after_commit: what rank 0 does besides, once a checkpoint is published. mirror: rank 0's, if there is one."""
         self._run_dir, self._config, self._ranks = run_dir, config, ranks
-        self._after_commit = after_commit
+        self._after_commit, self._mirror = after_commit, mirror
         self._saver = Saver(run_dir, ranks)
         self._clock = SaveClock(config)
         self._best = False
@@ -61,7 +67,11 @@ class Saves:
             if self._ranks.is_main:
                 if self._best:
                     mark_best(self._run_dir, folder)
-                prune(self._run_dir, self._config.keep, step_of(folder))
+                in_use = None
+                if self._mirror is not None:
+                    self._mirror.wake()
+                    in_use = self._mirror.in_use()
+                prune(self._run_dir, self._config.keep, step_of(folder), in_use)
                 self._after_commit()
         now = time.perf_counter()
         self._stalled += now - called
@@ -76,6 +86,8 @@ class Saves:
                 amend(folder, content.progress, content.metrics)
                 if best:
                     mark_best(self._run_dir, folder)
+                if self._mirror is not None:
+                    self._mirror.wake()
 
     def mend_pointers(self, resumed_step: int, best_step: int) -> None:
         """Rank 0, at the start: a kill between a save and its marks left `latest` or `best` at the one before."""
@@ -85,3 +97,9 @@ class Saves:
         folder = folder_of(self._run_dir, best_step)
         if self._config.keep_best and folder in checkpoints(self._run_dir):
             mark_best(self._run_dir, folder)
+        if self._mirror is not None:
+            self._mirror.wake()
+
+    def mirror_metrics(self) -> dict[str, float]:
+        """How far the mirror is behind; rank 0's alone, nothing elsewhere."""
+        return {} if self._mirror is None else self._mirror.metrics()

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pretrain import account, run_dir
+from pretrain.checkpoint import mirror as mirrors
 from pretrain.checkpoint.layout import config_of
 from pretrain.checkpoint.load import Slices, WeightsFile, newest_valid, open_weights_together
 from pretrain.config import Config, InitConfig, Plan, resolve
@@ -20,7 +21,7 @@ from pretrain.data.skipped import Skipped
 from pretrain.data.state import check_continues, data_state
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
-from pretrain.errors import ConfigError
+from pretrain.errors import CheckpointError, ConfigError
 from pretrain.figures.during import NUM_IMAGES, RunFigures
 from pretrain.formats.files import is_export
 from pretrain.formats.native import ExportedWeights, open_export_together
@@ -40,6 +41,10 @@ from pretrain.watchdog import Watchdog
 
 TRAIN_FLOPS_FACTOR = 3
 """A training step's matrix products as a multiple of the forward pass's: one forward, two backward."""
+
+
+MIRROR_SECONDS = {"finished": 600.0, "interrupted": 5.0}
+"""How long the end of a run waits for its mirror; who was asked to stop has little time."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def run_stage(
     with ranks.together():
         plan = resolve(config, ranks.size, facts(data.train, data.val), detect())
     agree(plan, ranks)
-    found = newest_valid(directory, ranks)
+    found = _newest(config, directory, ranks)
     start = Start()
     if found is not None:
         start = _start_at(found, config, plan, data.train, allow_change)
@@ -102,8 +107,9 @@ def run_stage(
                     account.show_hand_off(handed.source, handed.transfer, directory, tracker)
         else:
             engine.write(InitialWeights(config.model, config.run.seed))
+        mirror = mirrors.opened(directory, config.checkpoint, ranks)
         attempt = _Attempt(
-            config, plan, ranks, data, engine, directory, log_file, stop, tracker, allow_change
+            config, plan, ranks, data, engine, directory, log_file, stop, tracker, allow_change, mirror
         )
         outcome = None
         while outcome is None:
@@ -115,6 +121,8 @@ def run_stage(
             if tracker is not None:
                 account.conclude(outcome, directory, tracker)
                 status: Status = "FINISHED" if outcome.status == "finished" else "KILLED"
+                if mirror is not None:
+                    afterwards.callback(mirror.close, MIRROR_SECONDS[outcome.status])
                 afterwards.callback(account.finish, tracker, status)
     return outcome
 
@@ -133,6 +141,7 @@ class _Attempt:
     stop: StopFlag
     tracker: Tracker | None
     allow_change: Sequence[str]
+    mirror: mirrors.Mirror | None
 
     def train(self, start: Start) -> Outcome:
         """Train from `start` on, with loaders of their own; raises `TroubleError` where the run has to go back."""
@@ -169,6 +178,7 @@ class _Attempt:
                 start=start,
                 tracker=self.tracker,
                 watchdog=watchdog,
+                mirror=self.mirror,
             ).run()
 
     def go_back(self, trouble: TroubleError) -> Start:
@@ -176,6 +186,8 @@ class _Attempt:
         go_back(self.directory, trouble, self.config.recovery, self.ranks, self.tracker)
         found = newest_valid(self.directory, self.ranks)
         assert found is not None, "a checkpoint was there to go back to"
+        if self.mirror is not None:
+            self.mirror.go_back(found.manifest.step)
         start = _start_at(found, self.config, self.plan, self.data.train, self.allow_change)
         self.engine.restore(found.read, found.manifest.optimizer_steps)
         found.close()
@@ -200,6 +212,21 @@ def _open_here(config: Config) -> Data:
     if val is not None:
         val.require_classes(config.model.num_classes)
     return Data(train, val)
+
+
+def _newest(config: Config, directory: Path, ranks: Ranks) -> Slices | None:
+    """The newest checkpoint here that verifies or, where there is none, the mirror's. All ranks."""
+    url = config.checkpoint.mirror
+    try:
+        found = newest_valid(directory, ranks)
+    except CheckpointError as error:  # on all ranks
+        if url is None:
+            raise
+        log.warning("%s", error)
+        found = None
+    if found is None and url is not None and mirrors.restore(directory, url, ranks):
+        return newest_valid(directory, ranks)
+    return found
 
 
 def agree(plan: Plan, ranks: Ranks) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from pretrain import faults
 from pretrain.batch import Batch
+from pretrain.checkpoint.mirror import Mirror
 from pretrain.checkpoint.save import Content
 from pretrain.config import Config, Plan
 from pretrain.data.quarantine import BadSample, Quarantine
@@ -98,6 +99,7 @@ class Trainer:
         start: Start,
         tracker: Tracker | None,
         watchdog: Watchdog,
+        mirror: Mirror | None,
     ) -> None:
         self.config = config
         self.plan = plan
@@ -125,7 +127,7 @@ class Trainer:
         self.best: dict[str, float] = dict(progress.get("best", {}))
         self.rollbacks = int(progress.get("rollbacks", 0))
         self._bad_steps = BadSteps(config.recovery, plan.global_batch, progress)
-        self._saves = Saves(run_dir, config.checkpoint, ranks, quarantine.merge)
+        self._saves = Saves(run_dir, config.checkpoint, ranks, quarantine.merge, mirror)
         self._exchange = StepExchange(ranks)
         self._profile = StepProfile(config.profile, ranks, run_dir)
         self._waited = 0.0
@@ -247,7 +249,7 @@ class Trainer:
 
     def _log(self, bar: "tqdm[Any]") -> None:
         self._learn(self._exchange.drain())
-        metrics = self.meter.record() | self._spread()
+        metrics = self.meter.record() | self._spread() | self._saves.mirror_metrics()
         metrics |= {name: float(value) for name, value in self._last_step.items()}
         metrics |= {
             "train/epoch": self.step * self.plan.global_batch / self.plan.train_samples,

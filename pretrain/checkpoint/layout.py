@@ -17,7 +17,11 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 BEST = "best"
 VERSION = 1
+MAX_MANIFEST_BYTES = 2**30
+"""A manifest names every slice of every rank; more than this is none."""
 _STEP = re.compile(r"step_(\d{8,})")
+_RANK_FILE = re.compile(r"rank_\d{5,}\.safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -125,9 +129,22 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and verify a manifest; raises `CheckpointError` if it is missing, damaged or of another version."""
     file = folder / MANIFEST
     try:
-        document = json.loads(file.read_bytes())
+        if not file.is_file():  # a pipe would be waited for
+            raise FileNotFoundError("there is no such file")
+        if file.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ValueError("it is larger than any manifest")
+        text = file.read_bytes()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as a manifest ({error})") from None
+    return parse_manifest(text, str(file))
+
+
+def parse_manifest(text: bytes, file: str) -> Manifest:
+    """`read_manifest` for a text; `file` stands for it in messages."""
+    try:
+        document = json.loads(text)
         body, digest = document["body"], document["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{file} cannot be read as a manifest ({error or type(error).__name__})"
         ) from None
@@ -138,11 +155,46 @@ def read_manifest(folder: Path) -> Manifest:
             f"{file} has version {body.get('version')}; this release reads version {VERSION}"
         )
     try:
-        return Manifest(**body)
+        manifest = Manifest(**body)
     except TypeError as error:
         raise CheckpointError(
             f"{file} has other fields than a manifest of version {VERSION}: {error}"
         ) from None
+    problem = _hostile(manifest)
+    if problem is not None:
+        raise CheckpointError(f"{file} is not one that this program wrote: {problem}")
+    return manifest
+
+
+def _hostile(manifest: Manifest) -> str | None:
+    """What no save writes: its sha256 proves a manifest whole, not honest."""
+    if type(manifest.step) is not int or manifest.step < 0:
+        return f"step {manifest.step!r}"
+    sections = (manifest.config, manifest.plan, manifest.data, manifest.progress, manifest.metrics)
+    if not all(
+        isinstance(part, dict) for part in (*sections, manifest.shapes, manifest.slices, manifest.files)
+    ):
+        return "a section of it is no object"
+    for name, entry in manifest.files.items():
+        if not _RANK_FILE.fullmatch(name):
+            return f"a file called {name!r}"
+        match entry:
+            case [int(size), str(digest)] if type(size) is int and size >= 0 and _SHA256.fullmatch(digest):
+                pass
+            case _:
+                return f"{name} of {entry!r}"
+    for name, shape in manifest.shapes.items():
+        if not isinstance(shape, list) or not all(type(length) is int and length >= 0 for length in shape):
+            return f"{name!r} of shape {shape!r}"
+    for name, parts in manifest.slices.items():
+        if not isinstance(parts, list) or not all(
+            isinstance(part, list | tuple) and len(part) == 3 and all(type(n) is int and n >= 0 for n in part)
+            for part in parts
+        ):
+            return f"slices of {name!r}"
+        if any(rank_file(rank) not in manifest.files for _, _, rank in parts):
+            return f"slices of {name!r} in files that are not listed"
+    return None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pretrain.checkpoint import layout
@@ -34,8 +34,17 @@ class Slices:
         for first, last, rank in self.manifest.slices[name]:
             low, high = max(start, first), min(stop, last)
             if low < high:
-                stored = self._file(rank).get_slice(layout.slice_key(kind, name, first, last))
-                out[low - start : high - start] = stored[low - first : high - first]
+                try:
+                    stored = self._file(rank).get_slice(layout.slice_key(kind, name, first, last))
+                    out[low - start : high - start] = stored[low - first : high - first]
+                except (
+                    SafetensorError,
+                    RuntimeError,
+                    IndexError,
+                ) as error:  # whole, and yet not what a save writes
+                    raise CheckpointError(
+                        f"{self.folder / layout.rank_file(rank)} does not hold {kind} {name} as its manifest says: {error}"
+                    ) from None
         return out
 
     def whole(self, name: str) -> Tensor:
@@ -100,7 +109,7 @@ def open_weights(path: Path, which: str = "last") -> WeightsFile:
     """
     folder = layout.resolve(path, which)
     manifest = layout.read_manifest(folder)
-    return _opened(folder, manifest, _damaged(folder, manifest, 0, 1))
+    return _opened(folder, manifest, damaged(folder, manifest, 0, 1))
 
 
 def open_weights_together(path: Path, which: str, ranks: Ranks) -> WeightsFile:
@@ -160,7 +169,7 @@ def _verified_together(folder: Path, ranks: Ranks) -> tuple[Manifest | None, lis
     manifest, problems = None, []
     try:
         manifest = layout.read_manifest(folder)
-        problems = _damaged(folder, manifest, ranks.rank, ranks.size)
+        problems = damaged(folder, manifest, ranks.rank, ranks.size)
     except CheckpointError as error:
         problems = [str(error)]
     digests, found = zip(
@@ -174,7 +183,7 @@ def _verified_together(folder: Path, ranks: Ranks) -> tuple[Manifest | None, lis
     return manifest, list(dict.fromkeys(problem for answer in found for problem in answer))
 
 
-def _damaged(folder: Path, manifest: Manifest, part: int, parts: int) -> list[str]:
+def damaged(folder: Path, manifest: Manifest, part: int, parts: int) -> list[str]:
     """What is wrong with the `part`-th of `parts` shares of a checkpoint's files."""
     problems = manifest.problems() if part == 0 else []
     for name, (size, digest) in list(manifest.files.items())[part::parts]:

@@ -93,7 +93,7 @@ class Saver:
                 try:
                     receipts = [receipt for receipt, _ in answers if receipt]
                     manifest = _manifest(writing.content, receipts, self._ranks.size)
-                    _commit(writing.aside, writing.folder, manifest)
+                    publish(writing.aside, writing.folder, manifest)
                 except OSError as error:
                     problem = str(error)
             problem = self._ranks.broadcast(problem)
@@ -160,14 +160,14 @@ def mark_best(run_dir: Path, folder: Path) -> None:
     layout.point(run_dir, layout.BEST, folder)
 
 
-def prune(run_dir: Path, keep: int, step: int) -> None:
+def prune(run_dir: Path, keep: int, step: int, in_use: Path | None = None) -> None:
     """Rank 0: delete all but the newest `keep` checkpoints and the best one, and what killed saves left.
 
     step: of the checkpoint just saved. Later ones are damaged ones that the run fell back from: they count for nothing
-    and stay where they are until the run comes past them.
+    and stay where they are until the run comes past them. in_use: one that stays for now, whichever it is.
     """
     known = [folder for folder in layout.checkpoints(run_dir) if layout.step_of(folder) <= step]
-    spared = {layout.pointer(run_dir, layout.BEST), *known[-keep:]}
+    spared = {layout.pointer(run_dir, layout.BEST), in_use, *known[-keep:]}
     for folder in known:
         if folder not in spared:
             _remove(folder)
@@ -243,7 +243,8 @@ def _manifest(content: Content, receipts: list[_Receipt], world_size: int) -> Ma
     return manifest
 
 
-def _commit(aside: Path, folder: Path, manifest: Manifest) -> None:
+def publish(aside: Path, folder: Path, manifest: Manifest) -> None:
+    """One process: make the files written aside the run's newest checkpoint."""
     faults.at("manifest", manifest.step)
     layout.write_manifest(aside, manifest)
     faults.at("rename", manifest.step)

@@ -5,6 +5,7 @@ their unit in the key (`warmup_steps`, `total_epochs`); sizes are (height, width
 A key that is not here is an error, a value of another type is an error, and nothing is guessed.
 """
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
@@ -15,6 +16,10 @@ from pretrain.config.section import NonNegative, Positive, Section, one_of
 
 DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 MOST_PROFILED = 100
+_MIRROR = re.compile(
+    r"(?!.*(?:^|/)\.\.(?:/|$))"
+    r"(?:(?:s3|gs)://[A-Za-z0-9][A-Za-z0-9._-]*[A-Za-z0-9](?:/[\w.~+=,@!() -]+)+|(?:file://)?/?[\w.~+=,@!() -]+(?:/[\w.~+=,@!() -]+)*)/?"
+)
 ResizeKernel = Literal["bicubic_antialias", "bicubic", "bilinear", "align_corners"]
 
 
@@ -172,6 +177,20 @@ class CheckpointConfig(Section):
     )
     keep: Annotated[int, Field(ge=1)] = Field(2, description="newest checkpoints to keep, the best one aside")
     keep_best: bool = Field(True, description="also keep the best by validation top-1")
+    mirror: str | None = Field(
+        None,
+        description="where checkpoints are copied to beside training, and restored from where the run has none: `s3://` or "
+        "`gs://` with bucket and prefix, or a folder; of this run alone; none: nowhere",
+    )
+
+    @model_validator(mode="after")
+    def _mirror_is_a_place(self) -> Self:
+        if self.mirror is not None and not _MIRROR.fullmatch(self.mirror):
+            raise ValueError(
+                "mirror must be s3://bucket/prefix, gs://bucket/prefix, file:///folder or the path of a folder, without user "
+                "name, password, query, variables or `..`; credentials come from the environment (docs/stores.md)"
+            )
+        return self
 
 
 class RecoveryConfig(Section):

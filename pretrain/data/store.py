@@ -138,7 +138,7 @@ class Stores:
             except _Again as error:
                 reason = str(error)
             failures = 1 if len(read.data) > had else failures + 1
-            pause = _pause(failures, f"{read.url} {read.start}")
+            pause = pause_after(failures, f"{read.url} {read.start}")
             if time.monotonic() + pause > deadline:
                 wanted = "" if read.stop is None else f" of {read.stop - read.start:,}"
                 raise DataError(
@@ -181,7 +181,7 @@ class Stores:
             try:
                 piece = next(stream, None)
             except Exception as error:
-                raise _Again(_reason(error)) from None
+                raise _Again(reason_of(error)) from None
             if piece is None:
                 raise _Again(f"the answer ended {wanted - len(data):,} bytes early")
             data += piece
@@ -222,14 +222,14 @@ class Stores:
             ) from None
         except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
             raise DataError(
-                f"{url}: access is refused ({_reason(error)})\n"
+                f"{url}: access is refused ({reason_of(error)})\n"
                 "  Give credentials in the environment; docs/stores.md says how for each kind of store."
             ) from None
         except exceptions.BaseError as error:
             status = _STATUS.search(str(error))
             if status and int(status[1]) < 500 and int(status[1]) not in _TRANSIENT_CLIENT_ERRORS:
-                raise DataError(f"{url}: the store refuses the request ({_reason(error)})") from None
-            raise _Again(_reason(error)) from None
+                raise DataError(f"{url}: the store refuses the request ({reason_of(error)})") from None
+            raise _Again(reason_of(error)) from None
 
     def _client(self, url: str) -> tuple["ObjectStore", str]:
         """The client of a URL's host or bucket, and the key of the object there."""
@@ -239,16 +239,16 @@ class Stores:
         with self._lock:
             if address not in self._clients:
                 try:
-                    self._clients[address] = _connect(scheme, place, self.timeout_seconds)
+                    self._clients[address] = connect(scheme, place, self.timeout_seconds)
                 except Exception as error:  # credentials that are not there, or not readable
                     raise DataError(
-                        f"{address}: no connection can be set up ({_reason(error)})\n"
+                        f"{address}: no connection can be set up ({reason_of(error)})\n"
                         "  Check the credentials in the environment; docs/stores.md names them."
                     ) from None
             return self._clients[address], key
 
 
-def _connect(scheme: str, place: str, timeout_seconds: float) -> "ObjectStore":
+def connect(scheme: str, place: str, timeout_seconds: float) -> "ObjectStore":
     """A client that tries once. Credentials and endpoints come from the environment, by each vendor's own names."""
     from obstore.store import GCSStore, HTTPStore, S3Store
 
@@ -277,7 +277,7 @@ def _milliseconds(seconds: float) -> str:
     return f"{max(1, round(seconds * 1000))}ms"
 
 
-def _pause(failures: int, what: str) -> float:
+def pause_after(failures: int, what: str) -> float:
     """Doubles up to a bound, between half of it and all of it: by what is read, so that readers do not march in step."""
     longest = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** (failures - 1))
     share = zlib.crc32(f"{os.getpid()} {what} {failures}".encode()) / 2**32
@@ -291,7 +291,7 @@ def _changed(url: str, before: Version, now: Version) -> DataError:
     )
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The words of an error for people; a store's answer may hold identifiers, so nothing of its body is kept."""
     text = str(error)
     status = _STATUS.search(text)

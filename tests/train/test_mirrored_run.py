@@ -1,0 +1,50 @@
+"""A run whose disk was lost goes on from its mirror, and training does not mind one that fails."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+from test_resume import TOTAL, config, final, many, train
+
+from pretrain.checkpoint import checkpoints
+from pretrain.config import Config
+
+
+def mirrored(run: Path, digits: Path, url: str) -> Config:
+    return config(run, digits, checkpoint={"every_steps": 3, "mirror": url}, data={"val": None})
+
+
+def logged(run: Path, name: str) -> list[Any]:
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [r["values"][name] for r in records if r["op"] == "metrics" and name in r["values"]]
+
+
+def test_a_run_on_a_wiped_disk_ends_with_the_same_weights(digits: Path, tmp_path: Path) -> None:
+    whole = config(tmp_path / "whole", digits, checkpoint={"every_steps": 3}, data={"val": None})
+    cfg = mirrored(tmp_path / "run", digits, str(tmp_path / "mirror"))
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "owner").write_text("0" * 32)  # every update fails
+    failing = mirrored(tmp_path / "failing", digits, str(tmp_path / "others"))
+    ends = on_ranks(2, many, [(whole, 10**9), (cfg, 7), (failing, 10**9)])
+    stopped = ends[0][1][1]
+    assert 7 <= stopped < TOTAL
+    names = [folder.name for folder in checkpoints(tmp_path / "run")]
+    shutil.rmtree(tmp_path / "run")
+    assert on_ranks(2, train, cfg)[0] == ("finished", TOTAL)
+    assert len(names) == 2
+    expected = final(tmp_path / "whole")
+    for run in ("run", "failing"):
+        assert all(torch.equal(value, expected[name]) for name, value in final(tmp_path / run).items()), run
+    assert max(logged(tmp_path / "failing", "checkpoint/mirror_failures")) > 0
+    assert max(logged(tmp_path / "failing", "checkpoint/mirror_lag_steps")) >= 3
+    assert [path.name for path in (tmp_path / "others").iterdir()] == ["owner"]
+    [attempt] = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        if json.loads(line)["op"] == "attempt"
+    ]
+    assert attempt["from_step"] == pytest.approx(stopped, abs=3)  # the last one sent before the run ended
