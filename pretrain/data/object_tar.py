@@ -81,4 +81,6 @@ class ObjectTar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None:
+            self._stores.close()  # reads under way are not waited for: nobody wants them now
         self._threads.shutdown(wait=True, cancel_futures=True)
