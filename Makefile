@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format ui debian-packages native clean
+.PHONY: help demo studies test lint format ui debian-packages native clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,6 +18,9 @@ help:  ## list the commands
 
 demo: $(VENV)/.installed  ## train, fine-tune and export a ViT on real images (DATA=folder of images by class, SMOKE=1: a few steps)
 	@$(BIN)/python -m pretrain.demo $(if $(DATA),--data "$$DATA") $(if $(SMOKE),--smoke)
+
+studies: $(VENV)/.installed  ## measure the answers of docs/vit-questions.md, within an hour on two cores (ARGS="--study order")
+	@$(BIN)/python -m pretrain.studies $(ARGS)
 
 test: debian-packages $(VENV)/.installed-dev native  ## run the test suite (ARGS="-k name" to choose)
 	@$(BIN)/python -m pytest $(ARGS)

@@ -98,7 +98,7 @@ def _shipped(smoke: bool, say: Console) -> tuple[Path, Setting]:
     """Images that can be had on any machine."""
     if smoke:
         return _digits(), SMOKE
-    fashion = _fashion_mnist(say)
+    fashion = fashion_mnist(say)
     return (_digits(), DIGITS) if fashion is None else (fashion, FULL)
 
 
@@ -112,7 +112,7 @@ def _pack(setting: Setting, source: Path, say: Console) -> None:
     _run(say, f"pack the images of {source} into shards", "-m", "pretrain", *arguments)
 
 
-def _fashion_mnist(say: Console) -> Path | None:
+def fashion_mnist(say: Console) -> Path | None:
     """Debian's copy of Fashion-MNIST: installed, or fetched below data/ as any user can."""
     if INSTALLED.is_dir():
         return INSTALLED

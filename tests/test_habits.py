@@ -19,6 +19,7 @@ from pretrain.cli import pretrain
 from pretrain.config.load import parse
 from pretrain.demo import demo
 from pretrain.docs import BEGIN, END, docs
+from pretrain.studies.__main__ import studies
 from pretrain.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,7 @@ MODULES = {
     "pretrain.train": train,
     "pretrain.docs": docs,
     "pretrain.demo": demo,
+    "pretrain.studies": studies,
     "launch.slurm": slurm,
 }
 
