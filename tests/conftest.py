@@ -1,12 +1,17 @@
 """What holds for every test: no thread storms, no deadlines on a busy machine."""
 
 import os
+import signal
 
 import pytest
 from hypothesis import settings
 
 # Read by torch's and numpy's thread pools when they are first imported, here and in every process that a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell ignores Ctrl-C for what it starts in the background, and whoever is started inherits that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("pretrain", deadline=None)
 settings.load_profile("pretrain")
