@@ -5,10 +5,12 @@
     profile    what a site's jobs look like: a YAML file, strict
     plain      what may stand in a script, and how it is quoted
     job        the stages of a chain as jobs: names, folders, commands
+    sweep      one config with several values of some keys: the members and their names
     render     profile and job -> batch script
     snapshot   what a job leaves in its run directory before it starts
     queue      sbatch, squeue, scancel
     progress   how far the stages of a chain are
+    best       which member of a sweep is the best one
     attempt    the batch script's questions: may this job start, and what now that it ended (`verdict`)
     mlflow_server  a tracking server for a cluster, `launch/mlflow-server`
     preflight  every rank sees its device, the network, the shards and the run directory

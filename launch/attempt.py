@@ -68,7 +68,7 @@ def _begin(folder: Path, run: Path | None, needs: Path | None) -> str:
         for left in (run / "logs").glob("rank_*.failure"):  # of a larger world than this one, maybe
             left.unlink(missing_ok=True)
     facts = {
-        "job": os.environ.get("SLURM_JOB_ID"),
+        "job": _job(),
         "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         "nodes": os.environ.get("SLURM_JOB_NODELIST"),
         "began": time.time(),
@@ -140,11 +140,17 @@ def _attempts(path: Path, job: str) -> list[Attempt]:
     return attempts
 
 
+def _job() -> str:
+    """The job as Slurm's commands know it. In an array one task's SLURM_JOB_ID stands for all of the array."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
+
+
 def _job_state() -> str:
     """What Slurm says of this job; asked again while the controller gives no answer."""
     deadline = time.monotonic() + ASK_SECONDS
     while True:
-        text = _ask("scontrol", "-o", "show", "job", os.environ["SLURM_JOB_ID"])
+        text = _ask("scontrol", "-o", "show", "job", _job())
         found = re.search(r"\bJobState=(\w+)", text or "")
         if found or time.monotonic() > deadline:
             return found[1] if found else "UNKNOWN"

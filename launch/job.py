@@ -17,7 +17,7 @@ from pretrain.errors import ConfigError
 
 FOLDER = "slurm"
 CONFIG = "config.yaml"
-SCRIPT = "stage.sbatch"
+SCRIPT, ARRAY = "stage.sbatch", "array.sbatch"
 MAX_NAME = 64
 
 
@@ -30,7 +30,7 @@ class Job:
     """
 
     name: str
-    kind: Literal["train", "export"]
+    kind: Literal["train", "export", "sweep"]
     run_dir: Path
     cwd: Path
     commands: tuple[tuple[str, ...], ...]
@@ -80,6 +80,17 @@ def export_job(config: Config, profile: Profile, cwd: Path, which: str, formats:
         cwd=cwd,
         commands=tuple(commands),
         needs=run_dir,
+    )
+
+
+def best_job(run_dir: Path, profile: Profile, cwd: Path) -> Job:
+    """The job that looks for the best member of a sweep, when all have ended."""
+    return Job(
+        name=default_name(run_dir, "-best"),
+        kind="sweep",
+        run_dir=run_dir,
+        cwd=cwd,
+        commands=((*_interpreter(profile), "-m", "launch.best", str(run_dir)),),
     )
 
 

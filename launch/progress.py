@@ -29,7 +29,7 @@ class Stage:
 
     run: str
     kind: str
-    job_id: int
+    job: str
     state: str
     status: str | None
     step: int | None = None
@@ -51,7 +51,7 @@ class Stage:
 
 def chain_of(run: Path) -> list[Path]:
     """The folders of the jobs that a run was submitted with, in order; raises `RunDirError` where it was not."""
-    for kind in ("train", "export"):
+    for kind in ("train", "export", "sweep"):
         found = snapshot.read(folder_of(run, kind))
         if found is not None:
             return [Path(folder) for folder in found.chain]
@@ -66,9 +66,9 @@ def stage_of(folder: Path) -> Stage | None:
     if job is None:
         return None
     run, kind = folder.parents[1], folder.name
-    state = queue.state(job.job_id)
+    state = queue.state(job.number)
     if kind != "train":
-        return Stage(str(run), kind, job.job_id, state, None)
+        return Stage(str(run), kind, job.number, state, None)
     status: Mapping[str, Any] = {}
     if (run / run_dir.STATUS).is_file():
         status = run_dir.read_status(run)
@@ -83,7 +83,7 @@ def stage_of(folder: Path) -> Stage | None:
     return Stage(
         run=str(run),
         kind=kind,
-        job_id=job.job_id,
+        job=job.number,
         state=state,
         status=status.get("status"),
         step=step,

@@ -5,6 +5,7 @@ import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from pretrain.errors import UserError
 
@@ -45,9 +46,14 @@ def environment(names: Sequence[str]) -> dict[str, str]:
     return {name: os.environ[name] for name in (*BASE_ENVIRONMENT, *names) if name in os.environ}
 
 
-def submit(script: Path, env: Mapping[str, str], after: int | None = None) -> int:
-    """Hand a script to Slurm; returns the job's number. after: a job that must end with 0 first."""
-    dependency = [] if after is None else [f"--dependency=afterok:{after}"]
+def submit(
+    script: Path,
+    env: Mapping[str, str],
+    after: int | str | None = None,
+    kind: Literal["afterok", "afterany"] = "afterok",
+) -> int:
+    """Hand a script to Slurm; returns the job's number. after: a job that must end first, with 0 or however."""
+    dependency = [] if after is None else [f"--dependency={kind}:{after}"]
     answer = _call(["sbatch", "--parsable", *dependency, "--", str(script)], env)
     found = re.match(r"(\d+)(;|$)", answer.strip())
     if not found:
@@ -60,12 +66,13 @@ def test_only(script: str, env: Mapping[str, str]) -> str:
     return _call(["sbatch", "--test-only"], env, script).strip()
 
 
-def cancel(jobs: Sequence[int]) -> None:
+def cancel(jobs: Sequence[int | str]) -> None:
+    """A task of an array is ARRAY_TASK."""
     if jobs:
         _call(["scancel", "--", *map(str, jobs)])
 
 
-def state(job: int) -> str:
+def state(job: int | str) -> str:
     """The job's state in Slurm's words; `UNKNOWN` where Slurm has forgotten it."""
     try:
         text = _call(["scontrol", "-o", "show", "job", str(job)])

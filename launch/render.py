@@ -4,37 +4,54 @@ The template's logic is the same for every job. What differs stands in two place
 every value there went through `launch.plain`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launch import plain
-from launch.job import SCRIPT, Job
+from launch.job import ARRAY, SCRIPT, Job, folder_of
 from launch.profile import TEMPLATES, Profile
 
 CODE = Path(__file__).resolve().parents[1]
 """Where `launch` and `pretrain` are imported from, on the nodes too."""
 
 DIRECTIVES, SETTINGS = "@DIRECTIVES@", "@SETTINGS@"
-LOG = "log-%j.txt"
+LOG, ARRAY_LOG = "log-%j.txt", "log-%A_%a.txt"
 
 
 def render(job: Job, profile: Profile) -> str:
     """The batch script. Raises `ConfigError` for what cannot stand in one."""
+    log = plain.log_folder(str(job.folder)) + "/" + LOG
+    return _fill(SCRIPT, _directives(job, profile, log), _settings(job, profile))
+
+
+def render_array(
+    sweep: Path, name: str, members: Sequence[Job], profile: Profile, at_once: int | None
+) -> str:
+    """The script of an array whose tasks are jobs of the same shape. at_once: most of them that run together."""
+    log = plain.log_folder(str(folder_of(sweep, "sweep"))) + "/" + ARRAY_LOG
+    tasks = f"0-{len(members) - 1}" + ("" if at_once is None else f"%{at_once}")
+    folders = plain.words(str(member.folder) for member in members)
+    directives = _directives(replace(members[0], name=name), profile, log)
+    return _fill(ARRAY, [*directives, plain.directive("array", tasks)], [f"members=({folders})"])
+
+
+def _fill(template: str, directives: Iterable[str], settings: Iterable[str]) -> str:
     lines: list[str] = []
-    for line in (TEMPLATES / SCRIPT).read_text(encoding="utf-8").splitlines():
+    for line in (TEMPLATES / template).read_text(encoding="utf-8").splitlines():
         if line == DIRECTIVES:
-            lines += _directives(job, profile)
+            lines += directives
         elif line == SETTINGS:
-            lines += _settings(job, profile)
+            lines += settings
         else:
             lines.append(line)
     return "\n".join(lines) + "\n"
 
 
-def _directives(job: Job, profile: Profile) -> Iterator[str]:
+def _directives(job: Job, profile: Profile, log: str) -> Iterator[str]:
     options: dict[str, str | int | None] = {
         "job-name": job.name,
-        "output": plain.log_folder(str(job.folder)) + "/" + LOG,
+        "output": log,
         "chdir": str(job.cwd),
         "account": profile.account,
         "partition": profile.partition,

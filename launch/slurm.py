@@ -2,18 +2,19 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from launch import plain, queue, snapshot, sweep
 from launch import profile as profiles
-from launch import queue, snapshot
-from launch.job import Job, export_job, predecessor, train_job
+from launch.job import ARRAY, SCRIPT, Job, best_job, default_name, export_job, predecessor, train_job
 from launch.profile import Profile
-from launch.render import render
+from launch.render import render, render_array
 from pretrain import command
+from pretrain.checkpoint.layout import replace_file
 from pretrain.config import Config, load
 from pretrain.errors import ConfigError
 from pretrain.formats import EXPORTS
@@ -24,12 +25,12 @@ class Prepared:
     """A job that could be submitted: nothing is written yet."""
 
     job: Job
-    config: Config
+    config: Config | None
     profile: Profile
     script: str
 
     @classmethod
-    def of(cls, job: Job, config: Config, profile: Profile) -> "Prepared":
+    def of(cls, job: Job, config: Config | None, profile: Profile) -> "Prepared":
         return cls(job, config, profile, render(job, profile))
 
 
@@ -138,8 +139,7 @@ def chain(
     site = _profile(profile, nodes, settings)
     cwd = Path.cwd()
     stages: list[Prepared] = []
-    for path in configs:
-        config = load(path)
+    for config, path in [(load(path), path) for path in configs]:
         needs = None
         if stages:
             needs = predecessor(config, cwd)
@@ -151,16 +151,64 @@ def chain(
     directories = [stage.job.run_dir.resolve() for stage in stages]
     if len(set(directories)) < len(directories):
         raise ConfigError("two stages of the chain have the same run.dir: each needs its own")
-    last, one_rank = stages[-1].config, site.for_one_rank()
+    last, one_rank = config, site.for_one_rank()
     stages.append(Prepared.of(export_job(last, one_rank, cwd, which, formats), last, one_rank))
     if not _only_asked(stages, dry_run=dry_run, test_only=test_only):
         _submit(stages, after=None)
 
 
+@slurm.command("sweep")
+@stage_options
+@click.option(
+    "--over", multiple=True, required=True, metavar="KEY=VALUE,VALUE",
+    help="A key and its values; several keys make a grid.",
+)  # fmt: skip
+@click.option(
+    "--at-once", type=click.IntRange(1), metavar="N", help="Most members that run at the same time."
+)
+@site_options
+@asking_options
+def sweep_(
+    config: Path,
+    overrides: Sequence[str],
+    over: Sequence[str],
+    at_once: int | None,
+    profile: str,
+    nodes: str | None,
+    settings: Sequence[str],
+    name: str | None,
+    after_init: bool,
+    dry_run: bool,
+    test_only: bool,
+) -> None:
+    """Submit the stage CONFIG once for each value of a key, as one array, then a job that marks the best member.
+
+    Each member is a run directory below the config's run.dir, such as lr-0.01. The best one has the highest top-1 on
+    data.val. The same command again goes on with what is not finished.
+    """
+    site, cwd = _profile(profile, nodes, settings), Path.cwd()
+    found = sweep.members_of(config, overrides, over)
+    needs = [predecessor(one.config, cwd) if after_init else None for one in found]
+    members = [
+        Prepared.of(train_job(one.config, site, cwd, needs=run), one.config, site)
+        for one, run in zip(found, needs, strict=True)
+    ]
+    place = members[0].job.run_dir.parent
+    sweep.check_place(place)
+    title = default_name(place) if name is None else plain.name(name, "the job's name")
+    array = render_array(place, title, [member.job for member in members], site, at_once)
+    one_rank = site.for_one_rank()
+    marking = Prepared.of(best_job(place, one_rank, cwd), None, one_rank)
+    whole = Prepared(replace(members[0].job, name=title), None, site, array)
+    shown = [whole, *members, marking] if dry_run else [whole, marking]
+    if not _only_asked(shown, dry_run=dry_run, test_only=test_only):
+        _submit_sweep(found, members, array, marking, after=_living_job(needs[0]))
+
+
 @slurm.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def status(run: Path) -> None:
-    """Show how the chain that the run directory RUN belongs to stands."""
+    """Show how the chain or the sweep that the run directory RUN belongs to stands."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -176,7 +224,7 @@ def status(run: Path) -> None:
         table.add_row(
             escape(stage.run),
             stage.kind,
-            str(stage.job_id),
+            stage.job,
             stage.state,
             stage.says,
             "-" if stage.step is None else f"{stage.step:,} of {stage.total_steps or 0:,}",
@@ -188,6 +236,9 @@ def status(run: Path) -> None:
             links.append(f"{stage.run}: {stage.mlflow}")
     console = Console()
     console.print(table)
+    best = sweep.read_best(run)
+    if best is not None:
+        links.append(f"best: {run / best['run']}, top-1 {best['top1']:.4f} at step {best['step']:,}")
     for link in links:
         console.print(link, soft_wrap=True, highlight=False, markup=False)
 
@@ -195,13 +246,13 @@ def status(run: Path) -> None:
 @slurm.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def cancel(run: Path) -> None:
-    """Cancel all jobs of the chain that the run directory RUN belongs to. What was saved stays."""
+    """Cancel all jobs of the chain or the sweep that the run directory RUN belongs to. What was saved stays."""
     from launch.progress import chain_of
 
     found = [snapshot.read(folder) for folder in chain_of(run)]
-    alive = [job.job_id for job in found if job is not None and queue.state(job.job_id) in queue.ALIVE]
+    alive = [job.number for job in found if job is not None and queue.state(job.number) in queue.ALIVE]
     queue.cancel(alive[::-1])  # those that wait first, so that none of them starts meanwhile
-    click.echo(f"cancelled: {', '.join(map(str, alive))}" if alive else "no job of this chain is alive")
+    click.echo(f"cancelled: {', '.join(alive)}" if alive else "no job of this chain is alive")
 
 
 @slurm.command()
@@ -241,15 +292,15 @@ def _only_asked(stages: Sequence[Prepared], *, dry_run: bool, test_only: bool) -
     return dry_run or test_only
 
 
-def _living_job(needs: Path | None) -> int | None:
+def _living_job(needs: Path | None) -> str | None:
     """The job that is still working on the run directory `needs`, if any."""
     if needs is None:
         return None
     before = snapshot.read(needs / "slurm" / "train")
-    return before.job_id if before is not None and queue.state(before.job_id) in queue.ALIVE else None
+    return before.number if before is not None and queue.state(before.number) in queue.ALIVE else None
 
 
-def _submit(stages: Sequence[Prepared], after: int | None) -> None:
+def _submit(stages: Sequence[Prepared], after: int | str | None) -> None:
     """Submit stages, each after the one before it; where one is refused none stays."""
     chain = [stage.job.folder for stage in stages]
     jobs: list[int] = []
@@ -268,6 +319,42 @@ def _submit(stages: Sequence[Prepared], after: int | None) -> None:
     for stage, job in zip(stages, jobs, strict=True):
         click.echo(f"job {job}: {stage.job.name}, its log and snapshot are in {stage.job.folder}")
     click.echo(f"Watch it with  python -m launch.slurm status {stages[0].job.run_dir}")
+
+
+def _submit_sweep(
+    found: Sequence[sweep.Member],
+    members: Sequence[Prepared],
+    array: str,
+    marking: Prepared,
+    after: str | None,
+) -> None:
+    """Submit an array and the job that waits for all of it; where one is refused none stays."""
+    folder = marking.job.folder
+    chain = [*(member.job.folder for member in members), folder]
+    jobs: list[int] = []
+    with contextlib.ExitStack() as stack:
+        for stage in (*members, marking):
+            stack.enter_context(snapshot.claimed(stage.job))
+        try:
+            for stage in (*members, marking):
+                snapshot.write(stage.job, stage.config, stage.script)
+            sweep.write(marking.job.run_dir, found)
+            replace_file(folder / ARRAY, array)
+            jobs.append(queue.submit(folder / ARRAY, _environment(members[0]), after))
+            for task, member in enumerate(members):
+                snapshot.record(member.job, jobs[0], chain, task)
+            env = queue.environment(marking.profile.pass_env)
+            jobs.append(queue.submit(marking.job.folder / SCRIPT, env, jobs[0], "afterany"))
+            snapshot.record(marking.job, jobs[1], chain)
+        except BaseException:
+            queue.cancel(jobs[::-1])
+            raise
+    for task, member in enumerate(members):
+        click.echo(
+            f"job {jobs[0]}_{task}: {member.job.name}, its log and snapshot are in {member.job.folder}"
+        )
+    click.echo(f"job {jobs[1]}: {marking.job.name}, when they have ended")
+    click.echo(f"Watch it with  python -m launch.slurm status {marking.job.run_dir}")
 
 
 def _environment(stage: Prepared) -> dict[str, str]:

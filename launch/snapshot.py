@@ -1,10 +1,11 @@
 """What a job leaves in its run directory before it waits in a queue for hours: its config, code state and script.
 
-RUN/slurm/train/ or export/
+RUN/slurm/train/ or export/, SWEEP/slurm/sweep/
   config.yaml      the resolved config that the job reads, at its first start and at every later one
   code.json        version, git commit, and whether the clone differs from it
   code.diff        how, where it does; secrets taken out
   stage.sbatch     the batch script
+  array.sbatch     of a sweep: the script of the array, which starts each member's own
   job.json         the number that Slurm gave it, and the chain that it is part of
   log-N.txt        what the job N said, all attempts in one file
   attempts.jsonl   how each attempt ended and what was decided
@@ -31,11 +32,17 @@ RECORD = "job.json"
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job in Slurm's hands. chain: the folders of the jobs it was submitted with, in order."""
+    """A job in Slurm's hands. chain: the folders of the jobs it was submitted with, in order; task: of an array."""
 
     job_id: int
     name: str
     chain: tuple[str, ...]
+    task: int | None = None
+
+    @property
+    def number(self) -> str:
+        """The job as Slurm's commands know it."""
+        return str(self.job_id) if self.task is None else f"{self.job_id}_{self.task}"
 
 
 @contextlib.contextmanager
@@ -48,10 +55,10 @@ def claimed(job: Job) -> Iterator[None]:
     try:
         before = read(job.folder)
         if before is not None:
-            state = queue.state(before.job_id)
+            state = queue.state(before.number)
             if state in queue.ALIVE:
                 raise RunDirError(
-                    f"{job.run_dir} has job {before.job_id} already, which is {state}. One run has one job: wait "
+                    f"{job.run_dir} has job {before.number} already, which is {state}. One run has one job: wait "
                     f"for it, or cancel it with python -m launch.slurm cancel {job.run_dir}"
                 )
         yield
@@ -59,9 +66,10 @@ def claimed(job: Job) -> Iterator[None]:
         lock.release()
 
 
-def write(job: Job, config: Config, script: str) -> Path:
+def write(job: Job, config: Config | None, script: str) -> Path:
     """Write the snapshot; returns the path of the script."""
-    replace_file(job.folder / CONFIG, dump(config))
+    if config is not None:
+        replace_file(job.folder / CONFIG, dump(config))
     replace_file(job.folder / "code.json", json.dumps(code_facts(), indent=1) + "\n")
     changes = code_changes()
     if changes:
@@ -72,8 +80,8 @@ def write(job: Job, config: Config, script: str) -> Path:
     return job.folder / SCRIPT
 
 
-def record(job: Job, job_id: int, chain: Sequence[Path]) -> None:
-    facts = {"job_id": job_id, "name": job.name, "chain": [str(folder) for folder in chain]}
+def record(job: Job, job_id: int, chain: Sequence[Path], task: int | None = None) -> None:
+    facts = {"job_id": job_id, "name": job.name, "chain": [str(folder) for folder in chain], "task": task}
     replace_file(job.folder / RECORD, json.dumps(facts, indent=1) + "\n")
 
 
@@ -81,7 +89,13 @@ def read(folder: Path) -> Submitted | None:
     """The job that was submitted from a folder last, or None."""
     try:
         facts = json.loads((folder / RECORD).read_text())
-        return Submitted(int(facts["job_id"]), str(facts["name"]), tuple(map(str, facts["chain"])))
+        task = facts.get("task")
+        return Submitted(
+            int(facts["job_id"]),
+            str(facts["name"]),
+            tuple(map(str, facts["chain"])),
+            None if task is None else int(task),
+        )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -59,7 +59,7 @@ def sync(
     for run in runs:
         if not journal_path(run).is_file():
             raise TrackError(f"{run} is no run directory: it has no {journal_path(run).name}")
-        _deliver(run, target or _own_uri(run), from_start, timeout)
+        deliver(run, target or own_uri(run), from_start, timeout)
 
 
 def _watch(places: tuple[Path, ...], uri: str | None, every: float) -> None:
@@ -76,12 +76,12 @@ def _watch(places: tuple[Path, ...], uri: str | None, every: float) -> None:
         from pretrain.tracking.watch import Watch  # imports mlflow, which reads the environment
 
         logs.log.info("watching %s, every %g s, until Ctrl-C", ", ".join(map(str, places)), every)
-        Watch(places, lambda run: uri or _own_uri(run)).follow(every)
+        Watch(places, lambda run: uri or own_uri(run)).follow(every)
     except KeyboardInterrupt:
         logs.log.info("stopped; what is not delivered stays in the journals")
 
 
-def _own_uri(run: Path) -> str:
+def own_uri(run: Path) -> str:
     """The URI that the newest attempt used."""
     from pretrain.tracking import records
     from pretrain.tracking.journal import journal_path
@@ -94,7 +94,8 @@ def _own_uri(run: Path) -> str:
     return str(uri)
 
 
-def _deliver(run: Path, uri: str, from_start: bool, timeout: float) -> None:
+def deliver(run: Path, uri: str, from_start: bool, timeout: float) -> None:
+    """Deliver what is left of one run; raises `TrackError` where that fails within `timeout` seconds."""
     from tqdm import tqdm
 
     from pretrain.tracking import progress
@@ -103,16 +104,16 @@ def _deliver(run: Path, uri: str, from_start: bool, timeout: float) -> None:
     from pretrain.tracking.target import sqlite_path
 
     os.environ.update(CLIENT_ENVIRONMENT)
-    from pretrain.tracking.deliver import Drainer, deliver  # imports mlflow, which reads the environment
+    from pretrain.tracking import deliver as delivery  # imports mlflow, which reads the environment
 
-    drainer = Drainer(run, uri, from_start=from_start)
+    drainer = delivery.Drainer(run, uri, from_start=from_start)
     size = journal_path(run).stat().st_size
     with tqdm(total=size, unit="B", unit_scale=True) as bar:
 
         def advance(offset: int) -> None:
             bar.update(offset - bar.n)
 
-        done = deliver(drainer, lambda: True, timeout, advance)
+        done = delivery.deliver(drainer, lambda: True, timeout, advance)
     if not done and drainer.error is None:
         raise TrackError(
             f"another process is delivering {run} right now: the run is alive, or just ended. Try later."

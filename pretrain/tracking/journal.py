@@ -256,6 +256,39 @@ def artifact_file(run_dir: Path, path: Path | str) -> Path:
     return real
 
 
+def label(run_dir: Path, values: Mapping[str, object]) -> None:
+    """Set labels of a run whose process has ended; how it ended, and when, stays as it is.
+
+    Raises `RunDirError` where the run lives, or its journal cannot be written.
+    """
+    path = journal_path(run_dir)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+    except OSError as error:
+        raise RunDirError(f"cannot write the journal {path}: {error.strerror or error}") from None
+    _lock(descriptor, path)
+    try:
+        _heal(descriptor, path)
+        last = records.last_record(path)
+        if last is None:
+            raise RunDirError(f"{path} holds no run")
+        texts = {records.check_name(name): redact_setting(name, str(value)) for name, value in values.items()}
+        lines = records.encode(
+            {"op": "tags", "attempt": last["attempt"], "time": last["time"], "values": texts}
+        )
+        if last["op"] == "status":  # the last word of a run that has ended
+            lines += records.encode(last)
+        written = os.write(descriptor, lines)
+        if written < len(lines):
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+            raise RunDirError(f"{path}: no space left for a line of the journal")
+        os.fsync(descriptor)
+    except OSError as error:
+        raise RunDirError(f"cannot write the journal {path}: {error.strerror or error}") from None
+    finally:
+        os.close(descriptor)
+
+
 def _lock(descriptor: int, path: Path) -> None:
     """Wait a little: workers of a killed process may hold its files for some seconds."""
     deadline = time.monotonic() + LOCK_WAIT_SECONDS
