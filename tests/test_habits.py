@@ -13,6 +13,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from click.testing import CliRunner
 
+from launch.best import best
 from launch.mlflow_server import mlflow_server
 from launch.slurm import slurm
 from pretrain.cli import pretrain
@@ -34,6 +35,7 @@ MODULES = {
     "pretrain.demo": demo,
     "pretrain.studies": studies,
     "launch.slurm": slurm,
+    "launch.best": best,
 }
 
 
