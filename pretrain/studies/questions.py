@@ -36,16 +36,24 @@ class Study:
 
 @dataclass(frozen=True)
 class Setting:
-    """How long the runs are, and how many seeds each variant gets."""
+    """How long the runs are, and how many seeds each variant gets. overrides: of runs that start from nothing; handoff: of
+    those that start from one of them."""
 
     name: str
     seeds: int
     overrides: tuple[str, ...] = ()
+    handoff: tuple[str, ...] = ()
 
 
 SHORT = Setting("short", 3)
-LONG = Setting("long", 5, ("train.total_steps=2000", "optim.warmup_steps=100"))
-SMOKE = Setting("smoke", 1, ("train.total_steps=2", "optim.warmup_steps=1", "train.log_every_steps=1"))
+LONG = Setting(
+    "long",
+    5,
+    overrides=("train.total_steps=2000", "optim.warmup_steps=100"),
+    handoff=("train.total_steps=800", "optim.warmup_steps=40"),
+)
+_TWO_STEPS = ("train.total_steps=2", "optim.warmup_steps=1", "train.log_every_steps=1")
+SMOKE = Setting("smoke", 1, overrides=_TWO_STEPS, handoff=_TWO_STEPS)
 
 BASE = "position/learned_1d stem"
 
@@ -122,7 +130,7 @@ class Run:
         """All that the run's config differs by from the file."""
         found = [f"run.dir={self.directory}", f"run.seed={self.seed}"]
         found.append(f"run.campaign=studies-{self.setting.name}-{self.study.name}")
-        found += [*self.setting.overrides, *self.variant.overrides]
+        found += [*(self.setting.handoff if self.base else self.setting.overrides), *self.variant.overrides]
         return [*found, f"init.from={self.base}"] if self.base else found
 
 

@@ -26,6 +26,7 @@ def collect(studies: Sequence[Study], setting: Setting, folder: Path) -> dict[st
     return {
         "setting": setting.name,
         "overrides": list(setting.overrides),
+        "handoff": list(setting.handoff),
         "studies": {study.name: _scores(study, setting, folder) for study in studies},
     }
 
