@@ -49,8 +49,8 @@ SHORT = Setting("short", 3)
 LONG = Setting(
     "long",
     5,
-    overrides=("train.total_steps=2000", "optim.warmup_steps=100"),
-    handoff=("train.total_steps=800", "optim.warmup_steps=40"),
+    overrides=("train.total_steps=1000", "optim.warmup_steps=80"),
+    handoff=("train.total_steps=400", "optim.warmup_steps=40"),
 )
 _TWO_STEPS = ("train.total_steps=2", "optim.warmup_steps=1", "train.log_every_steps=1")
 SMOKE = Setting("smoke", 1, overrides=_TWO_STEPS, handoff=_TWO_STEPS)
