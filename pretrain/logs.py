@@ -25,6 +25,13 @@ def to_stderr(*, debug: bool = False) -> None:
     log.propagate = False
 
 
+def all_to_stderr() -> None:
+    """Send the product's log and that of all libraries to stderr, with the time: for a process whose stderr is a file."""
+    root = logging.getLogger()
+    _attach(root, logging.StreamHandler(sys.stderr), _FORMAT)
+    root.setLevel(logging.INFO)
+
+
 def to_rank_file(run_dir: Path, rank: int) -> Path:
     """Send the log of this rank, and the libraries' warnings, to `run_dir/logs/rank_N.log`. Every rank."""
     path = run_dir / "logs" / f"rank_{rank}.log"

@@ -33,6 +33,7 @@ from pretrain.model import InitialWeights, forward_flops
 from pretrain.recovery import TroubleError, go_back
 from pretrain.stop import StopFlag
 from pretrain.tracking import SystemMetrics, Tracker
+from pretrain.tracking.journal import journal_path, restored_path
 from pretrain.tracking.records import Status
 from pretrain.tracking.system import node_of
 from pretrain.trainer import Outcome, Start, Trainer
@@ -107,7 +108,7 @@ def run_stage(
                     account.show_hand_off(handed.source, handed.transfer, directory, tracker)
         else:
             engine.write(InitialWeights(config.model, config.run.seed))
-        mirror = mirrors.opened(directory, config.checkpoint, ranks)
+        mirror = mirrors.opened(directory, config.checkpoint, ranks, journal_path(directory))
         attempt = _Attempt(
             config, plan, ranks, data, engine, directory, log_file, stop, tracker, allow_change, mirror
         )
@@ -224,7 +225,7 @@ def _newest(config: Config, directory: Path, ranks: Ranks) -> Slices | None:
             raise
         log.warning("%s", error)
         found = None
-    if found is None and url is not None and mirrors.restore(directory, url, ranks):
+    if found is None and url is not None and mirrors.restore(directory, url, ranks, restored_path(directory)):
         return newest_valid(directory, ranks)
     return found
 

@@ -85,13 +85,14 @@ def own_uri(run: Path) -> str:
     """The URI that the newest attempt used."""
     from pretrain.tracking import records
     from pretrain.tracking.journal import journal_path
+    from pretrain.tracking.target import resolve_uri
 
     uri = None
     for attempt in records.read_ops(journal_path(run), "attempt"):
         uri = attempt.get("uri")
     if uri is None:
         raise TrackError(f"{run} was run without tracking.uri: say where to deliver with --uri")
-    return str(uri)
+    return resolve_uri(uri)
 
 
 def deliver(run: Path, uri: str, from_start: bool, timeout: float) -> None:

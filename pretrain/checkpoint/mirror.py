@@ -2,16 +2,18 @@
 
     URL/
       owner                          which run's checkpoints these are: a word that the run keeps too
+      journal                        what the run logged, up to the time of the newest checkpoint or later
       latest, best                   as in the run directory
       step_00000800/rank_*.safetensors
       step_00000800/manifest.json    put last: without it there is no checkpoint
 
-Rank 0's thread sends the newest checkpoint, then the best, then takes away what the run does not keep any more. Nothing
-that it meets reaches training: what fails is logged and counted, and tried again when the next checkpoint is there.
+Rank 0's thread sends the newest checkpoint, then the best, then the journal, then takes away what the run does not keep
+any more. Nothing that it meets reaches training: what fails is logged and counted, and tried again when the next checkpoint is there.
 """
 
 import re
 import secrets
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -27,6 +29,7 @@ from pretrain.errors import CheckpointError, UserError
 from pretrain.logs import log
 
 OWNER = "owner"
+JOURNAL = "journal"
 OWNER_FILE = "mirror"
 """In the run's checkpoints/: the word that `owner` holds."""
 SMALL = 4096
@@ -35,10 +38,13 @@ _NAME = re.compile(r"step_\d{8,}")
 
 
 class Mirror:
-    """Rank 0: keeps the copy. `wake` after each change of the run's checkpoints, `close` at the end."""
+    """Rank 0: keeps the copy. `wake` after each change of the run's checkpoints, `close` at the end.
 
-    def __init__(self, run_dir: Path, url: str) -> None:
-        self._run_dir, self._url = run_dir, url
+    journal: a file that only ever grows, line by line, kept beside the checkpoints.
+    """
+
+    def __init__(self, run_dir: Path, url: str, journal: Path) -> None:
+        self._run_dir, self._url, self._journal = run_dir, url, journal
         self._change = threading.Condition()
         self._asked, self._done = 0, 0
         self._closed = False
@@ -78,6 +84,7 @@ class Mirror:
     def close(self, seconds: float) -> None:
         """Wait for the copy to be up to date, at most so long; then give up, and say what it lacks."""
         deadline = time.monotonic() + seconds
+        self.wake()  # the journal has grown since
         with self._change:
             while self._done < self._asked and (left := deadline - time.monotonic()) > 0:
                 self._change.wait(left)
@@ -125,7 +132,17 @@ class Mirror:
         if best is not None and best in local:
             self._send(place, best)
             place.put(f"{best.name}\n".encode(), layout.BEST)
+        self._send_journal(place)
         self._prune(place, newest)
+
+    def _send_journal(self, place: Place) -> None:
+        """As it is at this moment: it grows while it is sent, and may end in half a line, which its reader knows of."""
+        if not self._journal.is_file():
+            return
+        aside = self._journal.with_name(self._journal.name + ".sent")
+        shutil.copyfile(self._journal, aside)
+        place.put_file(aside, JOURNAL)
+        aside.unlink()
 
     def _send(self, place: Place, folder: Path) -> None:
         """Let the copy hold this checkpoint, its manifest last."""
@@ -175,9 +192,10 @@ class Mirror:
             self._undone_after = None
 
 
-def restore(run_dir: Path, url: str, ranks: Ranks) -> bool:
+def restore(run_dir: Path, url: str, ranks: Ranks, journal: Path) -> bool:
     """Bring the newest checkpoint that verifies back from the copy. All ranks, each fetching its share of the files.
 
+    journal: where the copy of the journal is put, before there is a checkpoint: a kill between the two restores both again.
     Returns whether there was any; raises `CheckpointError` on all ranks where there are some and none verifies, or
     where the copy cannot be asked: to begin anew then would end with its being overwritten.
     """
@@ -193,6 +211,9 @@ def restore(run_dir: Path, url: str, ranks: Ranks) -> bool:
             )
             names = [name for name in names if _NAME.fullmatch(name)]
     names = ranks.broadcast(names)
+    with ranks.together():
+        if ranks.is_main and names:
+            _restore_journal(place, journal)
     rejected = []
     for name in names:
         problem = _restore_one(place, run_dir, name, ranks)
@@ -211,6 +232,16 @@ def restore(run_dir: Path, url: str, ranks: Ranks) -> bool:
             "Mend it, or set checkpoint.mirror to another place to start the run anew."
         )
     return False
+
+
+def _restore_journal(place: Place, journal: Path) -> None:
+    """There is none in a copy of an earlier release."""
+    size = place.size(JOURNAL)
+    if size is not None:
+        aside = journal.with_name(journal.name + ".tmp")
+        place.fetch(JOURNAL, aside, size)
+        aside.replace(journal)
+        layout.sync_folder(journal.parent)
 
 
 def _restore_one(place: Place, run_dir: Path, name: str, ranks: Ranks) -> str | None:
@@ -280,6 +311,6 @@ def _adopt(place: Place, run_dir: Path) -> None:
         layout.replace_file(run_dir / layout.FOLDER / OWNER_FILE, word + "\n")
 
 
-def opened(run_dir: Path, config: CheckpointConfig, ranks: Ranks) -> Mirror | None:
+def opened(run_dir: Path, config: CheckpointConfig, ranks: Ranks, journal: Path) -> Mirror | None:
     """Rank 0's mirror where the config names one; the others have none."""
-    return Mirror(run_dir, config.mirror) if ranks.is_main and config.mirror is not None else None
+    return Mirror(run_dir, config.mirror, journal) if ranks.is_main and config.mirror is not None else None

@@ -22,6 +22,8 @@ from pretrain.tracking.store import Item, MlflowRun, RefusedError, RunLostError,
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 POLL_SECONDS = 1.0
 MAX_BATCH, MIN_BATCH = 1000, 50
+SHOWN_BYTES = 4096
+"""Of a damaged line, in the dead letters."""
 RUN_STATUS = "status.json"
 """How the run stands, in the trainer's own words; written before the journal is closed."""
 
@@ -45,6 +47,8 @@ class Drainer:
         self._mlflow: MlflowRun | None = None
         self._attempts: dict[int, int] = {}
         self._scanned = 0
+        self._gap: float = math.inf
+        self._stored: dict[str, dict[int, tuple[float, int]]] = {}
         self._is_closed = False
         self.note = Delivered(uri, -1)
         self.error: str | None = None
@@ -76,23 +80,28 @@ class Drainer:
             self._batch = max(MIN_BATCH, self._batch // 2)  # a slow server may take less at a time
             raise
         except RunLostError:
-            log.warning("MLflow no longer has this run; everything is delivered again")
-            self._mlflow = None
-            self._save(Delivered(self.note.uri))
+            self._begin_anew()
             return True
         self._batch = min(MAX_BATCH, self._batch * 2)
         self._save(Delivered(self.note.uri, end))
         return True
 
-    def close_abandoned(self) -> None:
+    def close_abandoned(self) -> bool:
         """Give a run whose process died without a word the status that it deserves. Call when `advance` has nothing
-        left."""
+        left. Returns False where the run turned out to be gone from MLflow, so that `advance` has something again."""
         last = records.last_record(self._path)
         if last is None or last["op"] == "status" or self._is_closed or is_locked(self._path):
-            return
+            return True
         if time.time() - self._path.stat().st_mtime >= self._quiet_seconds:
-            self._open().set_status(self._deserved_status(last["attempt"]), last["time"])
+            try:
+                self._open().set_status(self._deserved_status(last["attempt"]), last["time"])
+            except RunLostError:
+                self._begin_anew()
+                return False
+            except RefusedError as error:
+                log.warning("MLflow did not take the status of %s: %s", self._run_dir, error)
             self._is_closed = True
+        return True
 
     def note_error(self, error: Exception) -> None:
         """Leave the reason of an outage where the trainer's last words can quote it. Progress that somebody else made
@@ -101,12 +110,13 @@ class Drainer:
         found = progress.read(self._run_dir)
         if found is None or found.uri == self.note.uri:
             offset = max(0, self.note.offset) if found is None else found.offset
-            Delivered(self.note.uri, offset, self.error).save(self._run_dir)
+            with contextlib.suppress(OSError):  # the disk may be the very reason
+                Delivered(self.note.uri, offset, self.error).save(self._run_dir)
 
     def _catch_up(self) -> None:
         """Begin where the note says that delivery stands."""
         found, uri = progress.read(self._run_dir), self.note.uri
-        if found is None or found.uri != uri or found.offset > self._path.stat().st_size or self._from_start:
+        if found is None or found.uri != uri or self._from_start or not self._is_line_end(found.offset):
             found = Delivered(uri)
         if self._from_start:
             found.save(self._run_dir)
@@ -115,9 +125,24 @@ class Drainer:
             # Known ahead, so that what a later attempt took the place of is not delivered in the first place.
             for line, end in records.read_lines(file, self._scanned):
                 self._scanned = end
-                if line.startswith(b'{"op":"attempt"') and (record := records.decode(line)):
-                    self._attempts[record["attempt"]] = record["from_step"]
+                if line.startswith((b'{"op":"attempt"', b'{"op":"gap"')) and (record := records.decode(line)):
+                    if record["op"] == "gap":
+                        self._gap = min(self._gap, record["attempt"])
+                    else:
+                        self._attempts[record["attempt"]] = record["from_step"]
         self.note = found
+
+    def _is_line_end(self, offset: int) -> bool:
+        """Whether the journal is what it was when a line of it ended here."""
+        with self._path.open("rb") as file:
+            file.seek(max(0, offset - 1))
+            return offset == 0 or file.read(1) == b"\n"
+
+    def _begin_anew(self) -> None:
+        log.warning("MLflow no longer has this run; everything is delivered again")
+        self._mlflow = None
+        self._stored.clear()
+        self._save(Delivered(self.note.uri))
 
     def _deserved_status(self, attempt: int) -> str:
         """What an attempt's process had already said of its end to others, if it died before it could say it here."""
@@ -125,7 +150,7 @@ class Drainer:
             status = json.loads((self._run_dir / RUN_STATUS).read_text())
             if status["attempt"] == attempt:
                 return {"finished": "FINISHED", "failed": "FAILED"}.get(status["status"], "KILLED")
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
         return "KILLED"
 
@@ -146,10 +171,10 @@ class Drainer:
         end, size = self.note.offset, 0
         with self._path.open("rb") as file:
             for line, line_end in records.read_lines(file, end):
-                record = records.decode(line) or {"op": "damaged", "line": line.decode(errors="replace")}
+                record = records.decode(line) or _damaged(line, line_end - end)
                 if "values" in record:
                     group.append(record)
-                    size += len(record["values"])
+                    size += max(1, len(record["values"]))
                 elif group:
                     break
                 else:
@@ -194,7 +219,26 @@ class Drainer:
             known = record.get("known", {})
             for name, measured in record["values"].items():
                 value, stamp = known.get(name) or (measured, record["time"])
-                yield Metric(name, float("nan") if value is None else value, stamp, record["step"])
+                point = (math.nan if value is None else float(value), int(stamp))
+                if record["op"] == "metrics" and record["attempt"] >= self._gap:
+                    point = self._as_stored(name, record["step"], point)
+                yield Metric(name, *point, record["step"])
+
+    def _as_stored(self, name: str, step: int, point: tuple[float, int]) -> tuple[float, int]:
+        """The point itself or, where that is a step executed again and MLflow has its value from lines that are lost, the
+        one there (see `records`)."""
+        if name not in self._stored:
+            first = min((s for attempt, s in self._attempts.items() if attempt >= self._gap), default=-1)
+            self._stored[name] = self._open().newest_points(name, first)
+        stored = self._stored[name].get(step)
+        if stored is None:
+            return point
+        same = stored[0] == point[0] or (math.isnan(stored[0]) and math.isnan(point[0]))
+        if same or name.startswith(records.WALL_CLOCK):
+            return stored
+        return point[0], max(
+            point[1], stored[1] + 1
+        )  # newer, also where this node's clock is behind the lost one's
 
     def _is_superseded(self, record: Record) -> bool:
         return any(
@@ -217,13 +261,18 @@ class Drainer:
             self._send(items[middle:], run)
 
     def _bury(self, content: dict[str, Any], error: str) -> None:
-        log.warning("MLflow did not take %s: %s", content, error)
+        log.warning("MLflow did not take %.300s: %s", content, error)
         with (self._run_dir / "tracking" / "dead_letter.jsonl").open("a") as file:
             file.write(json.dumps({"error": error, **content}, default=str) + "\n")
 
     def _save(self, note: Delivered) -> None:
         note.save(self._run_dir)
         self.note = note
+
+
+def _damaged(line: bytes, length: int) -> Record:
+    """A line that cannot be delivered, as it is set aside: what there is to see of it."""
+    return {"op": "damaged", "bytes": length, "line": line[:SHOWN_BYTES].decode(errors="replace")}
 
 
 def deliver(
@@ -250,11 +299,11 @@ def deliver(
                     heard(drainer.note.offset)
                     wait = FIRST_WAIT
                     deadline = time.monotonic() + grace if ending else math.inf
-                if is_mine and ending:
-                    drainer.close_abandoned()
+                if is_mine and ending and drainer.close_abandoned():
                     return True
-        except UnreachableError as error:
-            log.warning("MLflow does not answer, next try in %.1f s: %s", wait, error)
+        except (UnreachableError, OSError) as error:
+            words = "MLflow does not answer" if isinstance(error, UnreachableError) else "no delivery"
+            log.warning("%s, next try in %.1f s: %s", words, wait, error)
             drainer.note_error(error)
             pause, wait = wait, min(LONGEST_WAIT, 2 * wait)
         resume = min(deadline, time.monotonic() + pause)

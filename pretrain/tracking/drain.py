@@ -6,13 +6,13 @@ for as long as the training lives, ends soon after the journal is closed or the 
 killed at any instruction. `pretrain track sync` does the same in the foreground.
 """
 
-import logging
 import os
 import signal
 from pathlib import Path
 
 import click
 
+from pretrain import command, logs
 from pretrain.tracking import records
 from pretrain.tracking.journal import journal_path
 
@@ -36,7 +36,7 @@ def main(run_dir: Path, uri: str, parent: int, grace: float) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they mean the trainer, which may still have something to say
     os.nice(5)
-    logging.basicConfig(format="%(asctime)s %(levelname).1s %(message)s", level=logging.INFO)
+    logs.all_to_stderr()
 
     def ends() -> bool:
         return os.getppid() != parent or _is_closed(journal_path(run_dir))
@@ -53,4 +53,4 @@ def _is_closed(path: Path) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, "python -m pretrain.tracking.drain")

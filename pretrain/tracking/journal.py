@@ -17,7 +17,7 @@ from pretrain import faults
 from pretrain.errors import RunDirError
 from pretrain.logs import log
 from pretrain.redact import redact_setting, redact_text
-from pretrain.tracking import records
+from pretrain.tracking import progress, records
 from pretrain.tracking.locks import try_lock
 from pretrain.tracking.records import Record, Status
 
@@ -30,7 +30,12 @@ Point = tuple[float | None, int]
 
 
 def journal_path(run_dir: Path) -> Path:
-    return run_dir / "metrics.jsonl"
+    return run_dir / records.FILE
+
+
+def restored_path(run_dir: Path) -> Path:
+    """Where a copy of the journal is put that somebody brought back: the next attempt goes on with it."""
+    return run_dir / (records.FILE + ".restored")
 
 
 @dataclass
@@ -90,23 +95,28 @@ class Journal:
         path = journal_path(run_dir)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _adopt(restored_path(run_dir), path)
             descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
             _lock(descriptor, path)
             _heal(descriptor, path)
+            is_cut = progress.forget_beyond(run_dir, os.fstat(descriptor).st_size)
             history = _read(path, from_step)
         except OSError as error:
             raise RunDirError(f"cannot write the journal {path}: {error.strerror or error}") from None
 
         journal = cls(descriptor, run_dir, history, uri, clock)
         identity = {
-            "experiment": redact_text(experiment),
-            "name": redact_text(name),
-            "campaign": None if campaign is None else redact_text(campaign),
+            "experiment": _clean(experiment),
+            "name": _clean(name),
+            "campaign": None if campaign is None else _clean(campaign),
         }
         if history.run is None:
             journal._append("run", format=records.FORMAT, uid=_run_uid(run_dir), **identity)
         else:
             _warn_of_changes(history.run, identity)
+        if is_cut:
+            log.warning("%s: lines that MLflow has are missing at its end; they are looked up there", path)
+            journal._append("gap")
         journal._append("attempt", from_step=from_step, uri=uri)
         return journal
 
@@ -171,9 +181,9 @@ class Journal:
         """Name a data set that the run reads: digest is the manifest's hash, context "training" or "validation"."""
         self._append(
             "dataset",
-            name=redact_text(name),
+            name=_clean(name),
             digest=digest,
-            source=redact_text(source),
+            source=_clean(source),
             context=context,
         )
 
@@ -204,7 +214,7 @@ class Journal:
 
     def _settings(self, values: Mapping[str, object]) -> dict[str, str]:
         self._check_names(values)
-        return {name: redact_setting(name, str(value)) for name, value in values.items()}
+        return {name: _clean_setting(name, value) for name, value in values.items()}
 
     def _append(self, op: str, **content: object) -> None:
         try:
@@ -272,7 +282,7 @@ def label(run_dir: Path, values: Mapping[str, object]) -> None:
         last = records.last_record(path)
         if last is None:
             raise RunDirError(f"{path} holds no run")
-        texts = {records.check_name(name): redact_setting(name, str(value)) for name, value in values.items()}
+        texts = {records.check_name(name): _clean_setting(name, value) for name, value in values.items()}
         lines = records.encode(
             {"op": "tags", "attempt": last["attempt"], "time": last["time"], "values": texts}
         )
@@ -300,6 +310,22 @@ def _lock(descriptor: int, path: Path) -> None:
                 "run.dir to another directory"
             )
         time.sleep(0.1)
+
+
+def _adopt(restored: Path, path: Path) -> None:
+    """Go on with a journal that was brought back, if there is one and none is here. It ends where it was copied, so MLflow
+    may have been given more than it tells of."""
+    if path.exists() or not restored.is_file():
+        return
+    with restored.open("r+b") as file:
+        _heal(file.fileno(), restored)
+        last = records.last_record(restored)
+        if last is not None:
+            file.seek(0, os.SEEK_END)
+            file.write(records.encode({"op": "gap", "attempt": last["attempt"] + 1, "time": last["time"]}))
+        file.flush()
+        os.fsync(file.fileno())
+    restored.replace(path)
 
 
 def _heal(descriptor: int, path: Path) -> None:
@@ -347,12 +373,23 @@ def _read(path: Path, from_step: int) -> _History:
 def _run_uid(run_dir: Path) -> str:
     """The name by which MLflow's run is found again, made with the run directory."""
     path = run_dir / "tracking" / "run_uid"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".new")
-        aside.write_text(uuid.uuid4().hex + "\n")
-        aside.replace(path)
+    found = path.read_text(errors="replace").strip() if path.exists() else ""
+    if records.is_uid(found):
+        return found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".new")
+    aside.write_text(uuid.uuid4().hex + "\n")
+    aside.replace(path)
     return path.read_text().strip()
+
+
+def _clean(text: str) -> str:
+    """Without secrets, and without bytes of a file's name that are no text (half a pair, in Python's way to hold them)."""
+    return redact_text(text).encode(errors="replace").decode()
+
+
+def _clean_setting(name: str, value: object) -> str:
+    return redact_setting(name, str(value)).encode(errors="replace").decode()
 
 
 def _warn_of_changes(run: Record, identity: Mapping[str, str | None]) -> None:

@@ -2,15 +2,16 @@
 
 import json
 import os
+import re
 import socket
 from pathlib import Path
 from typing import NamedTuple
 
 from pretrain.tracking import records
-from pretrain.tracking.journal import journal_path
 from pretrain.tracking.locks import LockFile
 
 PAGE = "page"
+_PAGE = re.compile(r"#/experiments/[\w-]+/runs/[\w-]+", re.ASCII)
 
 
 class Delivered(NamedTuple):
@@ -32,16 +33,29 @@ class Delivered(NamedTuple):
 def read(run_dir: Path) -> Delivered | None:
     """The drainer's note, or None where there is none that can be read."""
     try:
-        return Delivered(**json.loads(_path(run_dir).read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
+        match json.loads(_path(run_dir).read_text()):
+            case {"uri": str(uri), "offset": int(offset), "error": str() | None as error} if offset >= 0:
+                return Delivered(uri, offset, error)
+    except (OSError, ValueError, RecursionError):
+        pass
+    return None
 
 
 def count_unsent(run_dir: Path) -> int:
     """Lines of the journal that no drainer has dealt with yet."""
     note = read(run_dir)
-    with journal_path(run_dir).open("rb") as file:
+    with (run_dir / records.FILE).open("rb") as file:
         return sum(1 for _ in records.read_lines(file, note.offset if note else 0))
+
+
+def forget_beyond(run_dir: Path, size: int) -> bool:
+    """Take the note away where it tells of more bytes than the `size` that the journal has: it lost its end, and what will
+    stand there has not been delivered. Returns whether that was so."""
+    note = read(run_dir)
+    if note is None or note.offset <= size:
+        return False
+    _path(run_dir).unlink(missing_ok=True)
+    return True
 
 
 def drain_lock(run_dir: Path) -> LockFile:
@@ -51,13 +65,19 @@ def drain_lock(run_dir: Path) -> LockFile:
 
 def save_page(run_dir: Path, page: str) -> None:
     """Note where MLflow shows the run: the part of the address that comes after the server's."""
-    (run_dir / "tracking" / PAGE).write_text(page + "\n")
+    path = run_dir / "tracking" / PAGE
+    aside = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.new")
+    aside.write_text(page + "\n")
+    aside.replace(path)
 
 
 def read_page(run_dir: Path) -> str | None:
     """What `save_page` noted, or None where the run has not reached MLflow yet."""
-    path = run_dir / "tracking" / PAGE
-    return path.read_text().strip() if path.is_file() else None
+    try:
+        page = (run_dir / "tracking" / PAGE).read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return page if _PAGE.fullmatch(page) else None
 
 
 def _path(run_dir: Path) -> Path:

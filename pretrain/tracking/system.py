@@ -5,7 +5,6 @@ journal. The other nodes append theirs to `RUN/tracking/system/node_K.jsonl` on 
 it, and rank 0 carries the new lines over. Names are those of MLflow's own monitor, which ends at the first outage.
 """
 
-import json
 import shutil
 import threading
 import time
@@ -74,8 +73,10 @@ class SystemMetrics:
         if self._sink is None:
             path = node_file(self._run_dir, node)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:  # closed each time: only then does another node see it for sure
-                file.write(json.dumps({"time": seconds, "values": dict(values)}) + "\n")
+            record = {"op": "system", "attempt": 0, "time": round(1000 * seconds), "step": 0}
+            line = records.encode(record | {"values": records.check_values(values)})
+            with path.open("ab") as file:  # closed each time: only then does another node see it for sure
+                file.write(line)
         else:
             prefix = "system/" if self._num_nodes == 1 else f"system/node_{node}/"
             self._sink.system({prefix + name: value for name, value in values.items()}, seconds)
@@ -91,8 +92,13 @@ class SystemMetrics:
             with path.open("rb") as file:
                 for line, end in records.read_lines(file, self._offsets.get(node, 0)):
                     self._offsets[node] = end
-                    found = json.loads(line)
-                    self._write(node, found["values"], found["time"])
+                    record = records.decode(line)
+                    try:
+                        if record is None:
+                            raise ValueError("no line of figures")
+                        self._write(node, record["values"], record["time"] / 1000)
+                    except (ValueError, TypeError, KeyError) as error:  # cut by a full disk, say
+                        log.warning("%s: a damaged line is passed over (%s)", path, error)
 
 
 def node_file(run_dir: Path, node: int) -> Path:

@@ -31,13 +31,13 @@ class Tracker:
     No call waits for MLflow but `finish`, and that one for seconds.
     """
 
-    def __init__(
-        self, run_dir: Path, journal: Journal, drainer: "subprocess.Popen[bytes] | None", grace: float
-    ) -> None:
+    def __init__(self, run_dir: Path, journal: Journal, uri: str | None, grace: float) -> None:
+        """uri: where to deliver; None: nobody does. grace: seconds that the process which does goes on after the end."""
         self._run_dir = run_dir
         self._journal = journal
-        self._drainer = drainer
+        self._uri = uri
         self._grace = grace
+        self._drainer = None if uri is None else _start_drainer(run_dir, uri, grace)
         self._finished = False
         self._troubled = False
 
@@ -78,7 +78,7 @@ class Tracker:
         if trouble:
             log.warning("%s, or to null and deliver later (pretrain track sync)", trouble)
         grace = SERVER_GRACE_SECONDS if database is None else FILE_GRACE_SECONDS
-        return cls(run_dir, journal, _start_drainer(run_dir, uri, grace), grace)
+        return cls(run_dir, journal, uri, grace)
 
     @property
     def attempt(self) -> int:
@@ -117,9 +117,10 @@ class Tracker:
             log.warning("%s: it stays in %s and is not sent to MLflow", error, self._run_dir)
 
     def sync(self) -> None:
-        """Return when everything logged is on disk, and say if MLflow has been out of reach. Called at every
-        checkpoint."""
+        """Return when everything logged is on disk, say if MLflow has been out of reach, and see that somebody delivers: a
+        machine short of memory may have killed that process. Called at every checkpoint."""
         self._journal.sync()
+        self._revive()
         trouble = self._trouble()
         if trouble and not self._troubled:
             log.warning("metrics are not reaching MLflow (%s); they are kept and delivered later", trouble)
@@ -132,6 +133,7 @@ class Tracker:
             return
         self._finished = True
         self._journal.close(status)
+        self._revive()
         if self._drainer is None or status == "FAILED":
             return
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -148,6 +150,18 @@ class Tracker:
                 reason,
                 self._run_dir,
             )
+
+    def _revive(self) -> None:
+        if self._uri is None or self._drainer is None or self._drainer.poll() is None:
+            return
+        log.warning(
+            "the process that delivers to MLflow ended (%d), see %s; it is started again",
+            self._drainer.returncode, self._run_dir / "logs" / "tracking.log",
+        )  # fmt: skip
+        try:
+            self._drainer = _start_drainer(self._run_dir, self._uri, self._grace)
+        except RunDirError as error:  # tried again with the next checkpoint
+            log.warning("%s", error)
 
     def _trouble(self) -> str | None:
         """Why nothing is delivered at present, as far as one can see from here."""

@@ -65,9 +65,8 @@ class Watch:
                 if not is_mine:
                     self._say(run, "its own process is delivering")
                     return None
-                while drainer.advance():
+                while drainer.advance() or not drainer.close_abandoned():
                     pass
-                drainer.close_abandoned()
         except UnreachableError as error:
             drainer.note_error(error)
             self._say(run, f"waits for {uri}: {error}")

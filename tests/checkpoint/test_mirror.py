@@ -72,10 +72,8 @@ def write_three(ranks: Ranks, run: Path) -> None:
 
 def mirrored(run: Path, url: str, *, back_to: int | None = None) -> Mirror:
     """Bring the copy up to date once."""
-    mirror = Mirror(run, url)
-    if back_to is None:
-        mirror.wake()
-    else:
+    mirror = Mirror(run, url, run / "metrics.jsonl")
+    if back_to is not None:
         mirror.go_back(back_to)
     mirror.close(WAIT)
     return mirror
@@ -96,7 +94,7 @@ def bring_back(
     ranks: Ranks, run: Path, url: str, env: dict[str, str] | None = None
 ) -> tuple[int, dict[str, torch.Tensor]] | None:
     os.environ |= env or {}
-    if not restore(run, url, ranks):
+    if not restore(run, url, ranks, run / "restored"):
         return None
     found = newest_valid(run, ranks)
     assert found is not None
@@ -107,7 +105,7 @@ def train_on(ranks: Ranks, run: Path, url: str, steps: int, env: dict[str, str])
     os.environ |= env
     engine, plan = make_engine(config(2, "fp32", None, 0), ranks, run)
     if url:
-        assert restore(run, url, ranks)
+        assert restore(run, url, ranks, run / "restored")
     found = newest_valid(run, ranks)
     assert found is not None
     engine.restore(found.read, found.manifest.optimizer_steps)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from mlflow_server import Stored
+from mlflow_server import Stored, wait_until
 
 from pretrain.config import RunConfig, TrackingConfig
 from pretrain.tracking import Journal, Tracker, progress
@@ -189,6 +189,9 @@ def test_stages_of_a_campaign_lie_below_one_parent_whatever_its_name(tmp_path, d
 
 def test_a_new_embedded_store_lies_where_the_config_says_and_nowhere_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "pretrain.tracking.tracker.WAIT_SECONDS", 60.0
+    )  # a busy machine takes long to make tables
     run_dir = tmp_path / "runs" / "vit" / "stage"
     config = RunConfig(dir="runs/vit/stage", campaign="vit")
     tracker = Tracker.start(
@@ -214,6 +217,26 @@ def test_a_new_embedded_store_lies_where_the_config_says_and_nowhere_else(tmp_pa
     assert stored.tags()["dataset_digest_training"] == "ab" * 32
     assert stored.datasets() == [("train", "ab" * 18)]
     assert [path.name for path in (tmp_path / "runs" / "mlartifacts").rglob("*.json")] == ["summary.json"]
+
+
+def test_a_delivering_process_that_was_killed_is_started_again(tmp_path, database, monkeypatch, caplog):
+    monkeypatch.setattr("pretrain.tracking.tracker.WAIT_SECONDS", 60.0)
+    config = TrackingConfig(uri=f"sqlite:///{database}")
+    tracker = Tracker.start(tmp_path / "run", config, RunConfig(dir="run"), params={"lr": 1.0}, tags={})
+    with caplog.at_level("WARNING", "pretrain"):
+        for step in (1, 2):
+            assert tracker._drainer is not None
+            tracker._drainer.kill()
+            tracker._drainer.wait()
+            tracker.metrics(step, {"train/loss": step})
+            if step == 1:
+                tracker.sync()  # at the next checkpoint
+                wait_until(lambda: Stored(database, tmp_path / "run").run_ids)
+        tracker.finish("FINISHED")  # and at the end
+    stored = Stored(database, tmp_path / "run")
+    assert stored.points("train/loss") == [(1, 1), (2, 2)]
+    assert stored.status == "FINISHED"
+    assert caplog.text.count("it is started again") == 2
 
 
 def test_planted_secrets_are_nowhere(tmp_path, database):

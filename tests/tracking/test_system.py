@@ -120,6 +120,33 @@ def test_figures_of_other_nodes_arrive_once_and_those_of_an_earlier_attempt_do_n
     assert any("system/node_0/disk_usage_percentage" in line["values"] for line in system_lines(tmp_path))
 
 
+def test_a_damaged_line_of_another_node_costs_itself_alone(tmp_path, caplog):
+    good = b'{"op":"system","attempt":0,"time":%d,"step":0,"values":{"cpu_utilization_percentage":%d}}\n'
+    damaged = [
+        b'{"op":"system","att\n',
+        b"[" * 100_000 + b"\n",
+        b"\xff\n",
+        b'{"time":1,"values":[]}\n',
+        b"\n",
+    ]
+    damaged += [good.replace(b"cpu", b"$"), good.replace(b"%d}}", b"null}}"), good.replace(b"%d,", b"1e999,")]
+    other = node_file(tmp_path, 1)
+    other.parent.mkdir(parents=True)
+    lines = [line for bad in damaged for line in (bad.replace(b"%d", b"1"), good % (5_000_000_000_000, 7))]
+    other.write_bytes(b"".join(lines) + b'{"op":"sys')  # the last is being written
+    pen = open_journal(tmp_path)
+    with caplog.at_level(logging.WARNING, "pretrain"), SystemMetrics(tmp_path, 0, 2, 0.05, pen):
+        wait_until(lambda: len(system_lines(tmp_path)) > len(damaged) + 2)
+    pen.close("FINISHED")
+    carried = [
+        line
+        for line in system_lines(tmp_path)
+        if "system/node_1/cpu_utilization_percentage" in line["values"]
+    ]
+    assert len(carried) == len(damaged)
+    assert caplog.text.count("a damaged line is passed over") == len(damaged)
+
+
 def test_figures_of_an_attempt_that_was_rolled_back_stay_because_the_machine_was_busy_then(
     tmp_path, database
 ):

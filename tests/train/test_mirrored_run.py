@@ -42,9 +42,14 @@ def test_a_run_on_a_wiped_disk_ends_with_the_same_weights(digits: Path, tmp_path
     assert max(logged(tmp_path / "failing", "checkpoint/mirror_failures")) > 0
     assert max(logged(tmp_path / "failing", "checkpoint/mirror_lag_steps")) >= 3
     assert [path.name for path in (tmp_path / "others").iterdir()] == ["owner"]
-    [attempt] = [
-        json.loads(line)
-        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-        if json.loads(line)["op"] == "attempt"
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["op"] for r in records if r["op"] in ("run", "attempt", "gap")] == [
+        "run",
+        "attempt",
+        "gap",
+        "attempt",
     ]
-    assert attempt["from_step"] == pytest.approx(stopped, abs=3)  # the last one sent before the run ended
+    attempts = [r for r in records if r["op"] == "attempt"]
+    assert [attempt["attempt"] for attempt in attempts] == [1, 2]
+    assert attempts[1]["from_step"] == pytest.approx(stopped, abs=3)  # the last one sent before the run ended
+    assert [record["step"] for record in records if "train/loss" in record.get("values", {})][-1] == TOTAL
