@@ -6,8 +6,10 @@ REDACTED = "***"
 
 # Singular only: `num_tokens` is a count. Weights of a ViT are called `cls_token` and the like.
 _NO_WEIGHT = r"(?<!cls_)(?<!reg_)(?<!mask_)(?<!dist_)"
+# As one word too, as in PGPASSWORD or accessToken.
+_JOINED = r"[a-z0-9]*passw(?:or)?d|(?:access|api|auth|client|hf|id|refresh|session|shared)(?:token|secret)"
 _SECRET_NAME = re.compile(
-    rf"(?:^|[^a-z0-9]){_NO_WEIGHT}(?:token|secret|passw(?:or)?d|passphrase|pwd|credentials?|auth|authorization|"
+    rf"(?:^|[^a-z0-9]){_NO_WEIGHT}(?:token|secret|{_JOINED}|passphrase|pwd|credentials?|auth|authorization|"
     r"(?:api|access|secret|private)[_-]?key)(?:$|[^a-z0-9])",
     re.IGNORECASE,
 )
@@ -16,16 +18,22 @@ _SECRET_VALUES = [
     (re.compile(pattern, flags), replacement)
     for pattern, flags, replacement in (
         # scheme://user:password@host and scheme://token@host
-        (r"(\b[a-z][a-z0-9+.\-]*://)[^/\s@'\"]+@", re.IGNORECASE, rf"\1{REDACTED}@"),
+        (r"(\b[a-z][a-z0-9+.\-]*://)[^/\s'\"]+@", re.IGNORECASE, rf"\1{REDACTED}@"),
         # ...?token=, &X-Amz-Signature=, --password=, "api_key": "..."; but not prose, such as `hf_token: unknown key`
         (
-            rf"((?<![a-z0-9]){_NO_WEIGHT}(?:token|secret|passw(?:or)?d|passphrase|pwd|(?:api|access|secret|private)[_-]?key|"
-            r"sig|signature|credential)[\"']?[ \t]*(?:=|:(?![ \t][a-z]{1,12} [a-z]))[ \t]*)"
+            rf"((?<![a-z0-9]){_NO_WEIGHT}(?:token|secret|{_JOINED}|passphrase|pwd|(?:api|access|secret|private)[_-]?key|"
+            r"sig|signature|credentials?)[\"']?[ \t]*(?:=|:(?![ \t][a-z]{1,12} [a-z]))[ \t]*)"
             r"(?:[\"'][^\"']+[\"']|[^\s&\"',;}]+)",
             re.IGNORECASE,
             rf"\1{REDACTED}",
         ),
         (r"(\bbearer\s+)[\w.~+/=\-]{8,}", re.IGNORECASE, rf"\1{REDACTED}"),
+        # any other scheme of such a header; prose has no figure in its second word
+        (
+            r"(\bauthorization[\"']?[ \t]*:[ \t]*[\"']?(?:\w+[ \t]+)?)(?=\S*[0-9])[^\s\"',]{6,}",
+            re.IGNORECASE,
+            rf"\1{REDACTED}",
+        ),
         # with a figure or padding in it: `basic augmentation` is no header
         (r"(\bbasic\s+)(?=\S*[0-9=])[\w.~+/=\-]{8,}", re.IGNORECASE, rf"\1{REDACTED}"),
         (

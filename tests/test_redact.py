@@ -4,8 +4,12 @@ from pretrain.redact import redact_setting, redact_text
 
 
 @pytest.mark.parametrize(
-    "name", ["hf_token", "db.password", "API_KEY", "aws_secret_access_key", "auth", "x/passwd", "private-key"]
-)
+    "name",
+    [
+        "hf_token", "db.password", "API_KEY", "aws_secret_access_key", "auth", "x/passwd", "private-key", "PGPASSWORD",
+        "accessToken", "clientSecret",
+    ],
+)  # fmt: skip
 def test_a_setting_named_like_a_secret_is_hidden_whole(name):
     assert redact_setting(name, "hunter2") == "***"
 
@@ -24,6 +28,8 @@ def test_a_setting_named_like_a_secret_is_hidden_whole(name):
         ("author", "somebody@example.org"),
         ("hf_token", "None"),
         ("cls_token", "resized"),
+        ("words", "authorization: see the docs of your store"),
+        ("words", "s3://bucket/a@b, https://host/x@y and mail@host"),
         ("run.dir", "runs/hf-vit-base-patch16-224-finetune"),
         ("run.dir", "runs/hf_vit_base_patch16_224_finetune"),
         ("run.dir", "runs/sk-learn-digits-experiment-2"),
@@ -42,6 +48,12 @@ def test_an_honest_setting_is_kept(name, value):
     [
         "https://user:hunter2@host/x.tar",
         "s3://hunter2@bucket/x",
+        "https://user:p@ss@hunter2@host/x.tar",
+        "PGPASSWORD=hunter2 psql",
+        "credentials=hunter2",
+        '{"accessToken": "hunter2"}',
+        "Authorization: Token hunter2",
+        "'Authorization': 'hunter2'",
         "https://host/x?X-Amz-Signature=1&token=hunter2",
         "cmd --password=hunter2 --x",
         "api_key: hunter2",

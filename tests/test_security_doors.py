@@ -3,6 +3,7 @@
 The payloads here leave a file where they run; `docs/security.md` lists the doors and the tests of the others.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -10,6 +11,7 @@ import os
 import pickle
 import re
 import struct
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import save
 from test_config import SMALLEST
 
@@ -108,6 +111,26 @@ def test_the_checkpoint_that_the_payloads_are_put_into_is_read(tmp_path: Path) -
     assert opened.weights["w"].tolist() == [0, 1, 2, 3]
 
 
+PROGRAMS = [name for name in RANK_FILES if name.split()[1] in ("pickle", "file", "old", "array", "program")]
+UNSAFE: tuple[Callable[[Path], object], ...] = (
+    lambda path: pickle.loads(path.read_bytes()),
+    lambda path: torch.load(path, weights_only=False),
+    lambda path: np.load(path, allow_pickle=True),
+    lambda path: subprocess.run(["/bin/sh", str(path)], check=True),
+)
+"""Readers that trust what they read."""
+
+
+@pytest.mark.parametrize("case", PROGRAMS)
+def test_behind_an_open_door_each_program_among_them_runs(tmp_path: Path, case: str) -> None:
+    payload = tmp_path / "payload"
+    payload.write_bytes(RANK_FILES[case](tmp_path / CANARY))
+    for reader in UNSAFE:
+        with contextlib.suppress(Exception):
+            reader(payload)
+    assert (tmp_path / CANARY).is_dir()
+
+
 @pytest.mark.parametrize("case", RANK_FILES)
 def test_a_rank_file_is_tensors_or_nothing(tmp_path: Path, case: str) -> None:
     folder = folder_with(tmp_path, RANK_FILES[case](tmp_path / CANARY))
@@ -147,6 +170,15 @@ def test_a_manifest_with_a_right_hash_is_not_believed_for_it(tmp_path: Path, cas
     with pytest.raises(CheckpointError) as refused:
         open_weights(folder)
     assert "\x1b" not in str(refused.value)
+
+
+@pytest.mark.parametrize("case", sorted(MANIFESTS.keys() - {"a field more", "another version"}))
+def test_without_the_look_beyond_its_hash_each_manifest_would_be_believed(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_with(tmp_path, save({KEY: torch.zeros(4)}), **MANIFESTS[case])
+    monkeypatch.setattr(layout, "_hostile", lambda manifest: None)
+    layout.read_manifest(folder)
 
 
 NO_MANIFEST: dict[str, Callable[[Path], bytes]] = {
@@ -196,6 +228,13 @@ YAMLS = {
     "itself": "run: &r [*r]",
     "nested": "run: " + "[" * 100_000,
 }
+
+
+@pytest.mark.parametrize("case", ["apply", "new", "verbatim", "directive", "a key"])
+def test_an_unsafe_reader_of_yaml_would_run_these(tmp_path: Path, case: str) -> None:
+    with contextlib.suppress(yaml.YAMLError):  # after the deed: what comes back is no key
+        yaml.unsafe_load(YAMLS[case].replace("CANARY", str(tmp_path / CANARY)))
+    assert (tmp_path / CANARY).is_dir()
 
 
 @pytest.mark.parametrize("case", YAMLS)

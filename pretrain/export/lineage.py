@@ -30,7 +30,7 @@ def about(found: WeightsFile, licence: str | None) -> About:
         Preprocess(config.data.val_crop, config.data.interpolation),
         _class_names(config),
         "sigmoid" if config.objective.name == "sigmoid" else "softmax",
-        licence,
+        _clean(licence),
         _recipe(config),
     )
 

@@ -1,5 +1,6 @@
 """Secrets planted where people put them; then everything that a run leaves behind is searched for them."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -41,15 +42,17 @@ ANSWER = b"denied; you sent Authorization: Bearer canary12aaaaaaaa and token=can
 """What a server may echo in an error, which is logged."""
 PROFILE = {"api": "canary14", "url": "https://me:canary15@host/x"}
 """Values of variables that a profile may not name."""
-CANARIES = [f"canary{number:02d}" for number in range(16)]
+CANARIES = [f"canary{number:02d}" for number in range(17)]
 
 
 class Talkative(Proxy):
     """Answers 500 with what it was sent, for the first few requests."""
 
+    refusals = 2
+
     def _answer(self, asked, status: int, body: bytes) -> None:
         super()._answer(asked, status, ANSWER if self.mode == "500" else body)
-        if self.seen.get("500", 0) >= 2:
+        if self.seen.get("500", 0) >= self.refusals:
             self.mode = "pass"
 
 
@@ -67,9 +70,13 @@ class Site:
                 "decode_threads": 1,
             },
             model={"in_chans": 1, "num_classes": 10},
-            train={"global_batch": 8, "total_steps": 6, "log_every_steps": 2},
+            train={
+                "global_batch": 8, "total_steps": 6, "log_every_steps": 2, "eval_every_steps": 6, "figures_every_steps": 6,
+            },
+            profile={"steps": (2, 3)},
+            checkpoint={"mirror": str(folder / "mirror")},
             tracking={"uri": uri, "system_seconds": 0.2},
-        )
+        )  # fmt: skip
         (folder / "one.yaml").write_text(dump(config))
         (folder / "two.yaml").write_text(
             dump(config.model_copy(update={"run": config.run.model_copy(update={"dir": "runs/two"})}))
@@ -113,11 +120,22 @@ def leaks(folder: Path) -> list[tuple[str, str]]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
         for canary in CANARIES
-        if canary.encode() in path.read_bytes().lower()
+        if canary.encode() in content_of(path).lower()
     ]
 
 
-def test_no_secret_of_sixteen_is_in_anything_that_a_run_leaves(
+def content_of(path: Path) -> bytes:
+    content = path.read_bytes()
+    return gzip.decompress(content) if path.suffix == ".gz" else content
+
+
+def written(folder: Path, *patterns: str) -> None:
+    """See that what is searched is there at all."""
+    for pattern in patterns:
+        assert any(path.stat().st_size for path in folder.glob(pattern)), pattern
+
+
+def test_no_secret_of_seventeen_is_in_anything_that_a_run_leaves(
     server: Server, proxy: Talkative, digits: Path, tmp_path: Path
 ) -> None:
     site = Site(tmp_path, digits, proxy.uri)
@@ -138,12 +156,48 @@ def test_no_secret_of_sixteen_is_in_anything_that_a_run_leaves(
     assert script.startswith("#!")
     assert json.loads((tmp_path / "runs/two/slurm/train/job.json").read_text())["job_id"] == 101
 
+    # failing: an error with its traceback, and what the ranks say of it to one another and to the batch script
+    proxy.mode, proxy.refusals = "500", 10**9
+    bad = [
+        "run.dir=runs/bad",
+        f"data.train.shards={proxy.uri}/train-000000.tar",
+        "data.read_timeout_seconds=2",
+        "--debug",
+    ]
+    said = site.call("pretrain.train", "one.yaml", *bad, code=3)
+    assert "Traceback" in said
+
+    over = ["--over", "optim.lr=0.003,0.01", "--profile", "site.yaml"]
+    site.call("launch.slurm", "sweep", "two.yaml", "run.dir=runs/sweep", *over, code=0)
+    site.call("launch.slurm", "status", "runs/two", code=0)
+    site.call("pretrain", "export", "runs/one", "--licence", "hf_canary16aaaaaaaaaaaaaaaaaaa", code=0)
+    run = tmp_path / "runs" / "one"
+    written(
+        run,
+        "figures/*/*.png",
+        "profile/*/*.json.gz",
+        "status.json",
+        "heartbeat.json",
+        "tracking/*",
+        "export/*/*",
+    )
+    written(tmp_path / "mirror", "*/manifest.json", "journal")
+    written(
+        tmp_path / "runs",
+        "bad/logs/*",
+        "sweep/sweep.json",
+        "sweep/slurm/*/*.sbatch",
+        "sweep/*/slurm/*/*.sbatch",
+    )
+
     (tmp_path / "said").write_text("\n".join(site.said))
-    assert leaks(tmp_path) == []
+    assert not (found := leaks(tmp_path)), found
     assert leaks(server.folder) == []  # database, artifacts and log of MLflow
 
 
 def test_a_canary_that_leaked_would_be_found(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "log").write_text("AWS_ACCESS_KEY_ID=AKIACANARY00AAAAAAAA")
-    assert leaks(tmp_path) == [("a/log", "canary00")]
+    with gzip.open(tmp_path / "a" / "trace.json.gz", "wb") as file:
+        file.write(b"token=Canary13")
+    assert leaks(tmp_path) == [("a/log", "canary00"), ("a/trace.json.gz", "canary13")]
