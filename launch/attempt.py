@@ -4,7 +4,8 @@ begin: may this attempt start? Prints `go`, `finished` or `blocked`. end: srun h
 `finished`, `stop CODE`, or `requeue NODES`, where NODES are to be left out of the next attempt. Reasons go to stderr, and
 to `FOLDER/attempts.jsonl`, one line for each attempt that ended under the script's eyes.
 
-Runs on the host, where there may be a plain Python only: nothing but the standard library is imported here.
+Runs on the host, where there may be a plain Python only: nothing but the standard library is imported here. What it
+reads was written by processes that were killed: a file or a line that is not what it should be does not count.
 """
 
 import argparse
@@ -20,10 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from launch.verdict import NO_CODE_OF_ITS_OWN, Attempt, Failure, Limits, Verdict, bad_nodes, judge
+from pretrain.documents import number, parse_object, read_object, whole
 
 UNDER_WAY, ATTEMPTS = "attempt.json", "attempts.jsonl"
 ASK_SECONDS = 30.0
+PATIENCE_SECONDS = 300.0
+"""How long a controller may be away (a restart, a failover) before the job gives up on its answer."""
+
+RECORD_BYTES = 2**20
+"""The end of the record of attempts that is read: thousands of them."""
+
 _STEP = re.compile(r"step_(\d{8,})")
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -67,19 +76,24 @@ def _begin(folder: Path, run: Path | None, needs: Path | None) -> str:
     if run is not None:
         for left in (run / "logs").glob("rank_*.failure"):  # of a larger world than this one, maybe
             left.unlink(missing_ok=True)
-    facts = {
+    aside = folder / f"{UNDER_WAY}.tmp"
+    aside.write_text(json.dumps(_beginning(run)) + "\n")
+    aside.replace(folder / UNDER_WAY)
+    return "go"
+
+
+def _beginning(run: Path | None) -> dict[str, Any]:
+    return {
         "job": _job(),
         "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         "nodes": os.environ.get("SLURM_JOB_NODELIST"),
         "began": time.time(),
         "from_step": _saved_step(run),
     }
-    (folder / UNDER_WAY).write_text(json.dumps(facts) + "\n")
-    return "go"
 
 
 def _end(folder: Path, run: Path | None, code: int, limits: Limits) -> tuple[Verdict, list[Attempt]]:
-    began = json.loads((folder / UNDER_WAY).read_text())
+    began = _began(folder / UNDER_WAY, run)
     status = _status(run) if run is not None else "finished" if code == 0 else "failed"
     now = Attempt(
         ended=time.time(),
@@ -89,20 +103,38 @@ def _end(folder: Path, run: Path | None, code: int, limits: Limits) -> tuple[Ver
         exit_code=code,
         failures=_failures(run),
     )
-    before = _attempts(folder / ATTEMPTS, str(began["job"]))
+    before = _attempts(folder / ATTEMPTS)
     verdict = judge(now, before, _job_state(), limits)
-    line = {**began, **asdict(now), **verdict._asdict(), "exit_code": code}
-    with (folder / ATTEMPTS).open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    _append(folder / ATTEMPTS, {**began, **asdict(now), **verdict._asdict(), "exit_code": code})
     return verdict, [*before, now]
+
+
+def _began(path: Path, run: Path | None) -> dict[str, Any]:
+    """What `begin` noted of this attempt."""
+    try:
+        facts = read_object(path)
+        if whole(facts.get("from_step")) is None:
+            raise ValueError("it does not say from_step")
+    except (OSError, ValueError) as error:
+        _say(f"{path} cannot be read ({error}): this attempt counts as one without progress")
+        return _beginning(run)
+    return facts | {"job": _job()}
+
+
+def _append(path: Path, facts: dict[str, Any]) -> None:
+    """Add a line; one that a dying node cut short stays a line of its own."""
+    with path.open("ab+") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        torn = file.read() not in (b"", b"\n")
+        file.write(b"\n" * torn + json.dumps(facts).encode() + b"\n")
 
 
 def _status(run: Path) -> str | None:
     try:
-        status = json.loads((run / "status.json").read_text())["status"]
-    except (OSError, ValueError, KeyError, TypeError):
+        status = read_object(run / "status.json").get("status")
+    except (OSError, ValueError):
         return None
-    return str(status)
+    return status if isinstance(status, str) else None
 
 
 def _saved_step(run: Path | None) -> int:
@@ -117,27 +149,52 @@ def _failures(run: Path | None) -> tuple[Failure, ...]:
     found = []
     for path in sorted((run / "logs").glob("rank_*.failure")) if run is not None else []:
         try:
-            found.append(Failure(**json.loads(path.read_text())))
-        except (OSError, ValueError, TypeError):
-            _say(f"{path} cannot be read; what it says does not count")
+            found.append(_failure(read_object(path)))
+        except (OSError, ValueError) as error:
+            _say(f"{path} cannot be read ({error}); what it says does not count")
     return tuple(found)
 
 
-def _attempts(path: Path, job: str) -> list[Attempt]:
+def _failure(facts: object) -> Failure:
+    """Raises `ValueError` for what no rank writes."""
+    match facts:
+        case {
+            "rank": int(rank), "node": str(node), "words": str(words), "retry": bool(retry), "exit_code": int(code)
+        }:  # fmt: skip
+            # bash takes a code modulo 256, and 0 says that the stage is finished
+            return Failure(rank, node, _UNSEEN.sub("?", words), retry, code if 0 < code < 256 else 1)
+    raise ValueError("these are not the words of a rank")
+
+
+def _attempts(path: Path) -> list[Attempt]:
     """Earlier attempts of this very job that count: one that was submitted anew starts with a clean sheet, and what
     Slurm ended (a job that stopped of its own goes no further) is nobody's fault."""
-    names = Attempt.__dataclass_fields__
+    lines: list[bytes] = []
+    if path.is_file():
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - RECORD_BYTES))
+            lines = file.read(RECORD_BYTES).splitlines()
     attempts = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in lines:
         try:
-            facts: dict[str, Any] = json.loads(line)
-            failures = tuple(Failure(**failure) for failure in facts["failures"])
-            if facts["job"] == job and facts["action"] != "stop":
-                known = {name: facts[name] for name in names}
-                attempts.append(Attempt(**(known | {"failures": failures})))
-        except (ValueError, TypeError, KeyError):
+            facts = parse_object(line)
+            if facts.get("job") == _job() and facts.get("action") != "stop":
+                attempts.append(_attempt(facts))
+        except ValueError:
             continue  # a line that a dying node cut short
     return attempts
+
+
+def _attempt(facts: dict[str, Any]) -> Attempt:
+    """Raises `ValueError` for what is no line of ours."""
+    ended = number(facts.get("ended"))
+    match facts:
+        case {
+            "from_step": int(start), "to_step": int(end), "status": None | str() as status, "exit_code": int(code),
+            "failures": list(failures),
+        } if ended is not None:  # fmt: skip
+            return Attempt(ended, start, end, status, code, tuple(map(_failure, failures)))
+    raise ValueError("this is no attempt")
 
 
 def _job() -> str:
@@ -148,7 +205,7 @@ def _job() -> str:
 
 def _job_state() -> str:
     """What Slurm says of this job; asked again while the controller gives no answer."""
-    deadline = time.monotonic() + ASK_SECONDS
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         text = _ask("scontrol", "-o", "show", "job", _job())
         found = re.search(r"\bJobState=(\w+)", text or "")
@@ -168,7 +225,8 @@ def _left_out(attempts: Sequence[Attempt], excluded: str, min_nodes: int) -> lis
     words = ["sinfo", "--noheader", "--Node", "--responding", "--format=%N"]
     partition = os.environ.get("SLURM_JOB_PARTITION")
     present = _ask(*words, *([f"--partition={partition}"] if partition else []))
-    others = set((present or "").split()) - set(bad)
+    named = _ask("scontrol", "show", "hostnames", excluded) if excluded else None
+    others = set((present or "").split()) - set(bad) - set((named or "").split())
     if len(others) < min_nodes:
         _say(f"{', '.join(bad)} should be left out, but the job needs {min_nodes} nodes: it is not")
         return []
@@ -178,7 +236,9 @@ def _left_out(attempts: Sequence[Attempt], excluded: str, min_nodes: int) -> lis
 
 def _ask(*command: str) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=ASK_SECONDS, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import click
 
@@ -16,12 +16,13 @@ from launch import sweep as sweeps
 from pretrain import command, run_dir
 from pretrain.checkpoint.layout import replace_file
 from pretrain.config import load
+from pretrain.documents import number, read_object, whole
 from pretrain.errors import RunDirError, UserError
 from pretrain.tracking.journal import journal_path, label
 
 TAG = "best"
-TOP1 = "val/top1"
 DELIVERY_SECONDS = 60.0
+MAX_HAND_OFF_BYTES = 2**26
 
 
 class SweepError(UserError):
@@ -47,13 +48,13 @@ def best(sweep: Path) -> None:
     results = [_result(sweep, name, values) for name, values in sweeps.read(sweep)]
     found = choose(results)
     _check_one_start(sweep, [result.run for result in results if result.top1 is not None])
-    before = (sweeps.read_best(sweep) or {}).get("run")
-    if before is not None and before != found.run and journal_path(sweep / before).is_file():
-        _tag(sweep / before, "false")
-    _tag(sweep / found.run, "true")
+    before = sweeps.read_best(sweep)
     facts = asdict(found) | {"members": [asdict(result) for result in results]}
     replace_file(sweep / sweeps.BEST, json.dumps(facts, indent=1) + "\n")
     _show(results, found)
+    if before is not None and before.run != found.run and journal_path(sweep / before.run).is_file():
+        _tag(sweep / before.run, "false")
+    _tag(sweep / found.run, "true")
     click.echo(f"Next: pretrain export {sweep / found.run} --which {found.which}")
 
 
@@ -73,12 +74,14 @@ def _result(sweep: Path, name: str, values: Mapping[str, str]) -> Result:
     try:
         status = run_dir.read_status(run)
     except RunDirError:
-        return Result(name, values, "not begun")
+        return Result(name, values, "unreadable" if (run / run_dir.STATUS).exists() else "not begun")
     if status["status"] != "finished":
         return Result(name, values, str(status["status"]))
     which: Literal["best", "last"] = "best" if load(run / run_dir.CONFIG).checkpoint.keep_best else "last"
-    scores: Mapping[str, Any] = status["best" if which == "best" else "scores"]
-    return Result(name, values, "finished", float(scores[TOP1]), int(scores["step"]), which)
+    match status.get("best" if which == "best" else "scores"):
+        case {"val/top1": top1, "step": step} if number(top1) is not None and whole(step) is not None:
+            return Result(name, values, "finished", top1, step, which)
+    return Result(name, values, "finished without a score")
 
 
 def _check_one_start(sweep: Path, names: Sequence[str]) -> None:
@@ -86,10 +89,14 @@ def _check_one_start(sweep: Path, names: Sequence[str]) -> None:
     taken: dict[tuple[str, str], dict[str, str]] = {}
     for name in names:
         init = load(sweep / name / run_dir.CONFIG).init
-        path = sweep / name / run_dir.HANDOFF
-        if init is not None and path.is_file():
-            facts = json.loads(path.read_text())
-            taken.setdefault((init.source, init.which), {}).setdefault(facts["sha256"], name)
+        if init is None:
+            continue
+        try:
+            digest = str(read_object(sweep / name / run_dir.HANDOFF, MAX_HAND_OFF_BYTES).get("sha256"))
+        except (OSError, ValueError) as error:
+            click.echo(f"Note: what {name} started from is not known: {run_dir.HANDOFF}: {error}", err=True)
+            continue
+        taken.setdefault((init.source, init.which), {}).setdefault(digest, name)
     for (source, _), starts in taken.items():
         if len(starts) > 1:
             raise SweepError(

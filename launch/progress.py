@@ -1,6 +1,8 @@
-"""How far the stages of a chain are, from what their runs leave on disk and from Slurm."""
+"""How far the stages of a chain are, from what their runs leave on disk and from Slurm.
 
-import json
+A file that cannot be read, or a value in it that is none, is what nobody knows yet.
+"""
+
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from typing import Any
 from launch import queue, snapshot
 from launch.job import folder_of
 from pretrain import run_dir
+from pretrain.documents import number, read_object, whole
 from pretrain.errors import RunDirError
 from pretrain.tracking import progress as delivery
 from pretrain.tracking import records
@@ -18,6 +21,8 @@ from pretrain.tracking.journal import journal_path
 LONG_SILENCE_SECONDS = 120.0
 TAIL_BYTES = 2**18
 """The end of a journal that is searched for the last loss and speed."""
+
+UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Stage:
     images_per_second: float | None = None
     loss: float | None = None
     silent_seconds: float | None = None
+    mlflow: str | None = None
 
     @property
     def says(self) -> str:
@@ -45,8 +51,6 @@ class Stage:
         if self.silent_seconds is None or self.silent_seconds < LONG_SILENCE_SECONDS:
             return self.status or "-"
         return f"{self.status}, silent for {duration(self.silent_seconds)}"
-
-    mlflow: str | None = None
 
 
 def chain_of(run: Path) -> list[Path]:
@@ -70,16 +74,19 @@ def stage_of(folder: Path) -> Stage | None:
     if kind != "train":
         return Stage(str(run), kind, job.number, state, None)
     status: Mapping[str, Any] = {}
-    if (run / run_dir.STATUS).is_file():
-        status = run_dir.read_status(run)
+    if (run / run_dir.STATUS).exists():
+        try:
+            status = run_dir.read_status(run)
+        except RunDirError:
+            status = {"status": UNREADABLE, "step": 0}
     last = _last_metrics(run)
     total = _total_steps(run)
-    step = max(int(status.get("step", 0)), int(last.get("step", 0))) if status else None
-    values = last.get("values", {})
+    step = max(status["step"], whole(last.get("step")) or 0) if status else None
+    values = {name: number(value) for name, value in last.get("values", {}).items()}
     seconds = values.get("perf/step_seconds")
     eta = None
     if seconds is not None and total is not None and step is not None and status["status"] != "finished":
-        eta = seconds * max(0, total - step)
+        eta = number(seconds * max(0, total - step))
     return Stage(
         run=str(run),
         kind=kind,
@@ -126,8 +133,8 @@ def _last_metrics(run: Path) -> Mapping[str, Any]:
 
 def _total_steps(run: Path) -> int | None:
     try:
-        return int(json.loads((run / run_dir.PLAN).read_text())["total_steps"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return whole(read_object(run / run_dir.PLAN).get("total_steps"))
+    except (OSError, ValueError):
         return None
 
 

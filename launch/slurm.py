@@ -1,7 +1,7 @@
 """`python -m launch.slurm`: stages as jobs of Slurm. See docs/slurm.md."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,17 @@ import click
 
 from launch import plain, queue, snapshot, sweep
 from launch import profile as profiles
-from launch.job import ARRAY, SCRIPT, Job, best_job, default_name, export_job, predecessor, train_job
+from launch.job import (
+    ARRAY,
+    SCRIPT,
+    Job,
+    best_job,
+    default_name,
+    export_job,
+    folder_of,
+    predecessor,
+    train_job,
+)
 from launch.profile import Profile
 from launch.render import render, render_array
 from pretrain import command
@@ -107,7 +117,7 @@ def submit(dry_run: bool, test_only: bool, **given: Any) -> None:
     """
     prepared = _prepare_stage(**given)
     if not _only_asked([prepared], dry_run=dry_run, test_only=test_only):
-        _submit([prepared], after=_living_job(prepared.job.needs))
+        _submit([prepared], after=_living_jobs([prepared.job.needs]))
 
 
 @slurm.command()
@@ -202,7 +212,7 @@ def sweep_(
     whole = Prepared(replace(members[0].job, name=title), None, site, array)
     shown = [whole, *members, marking] if dry_run else [whole, marking]
     if not _only_asked(shown, dry_run=dry_run, test_only=test_only):
-        _submit_sweep(found, members, array, marking, after=_living_job(needs[0]))
+        _submit_sweep(found, members, array, marking, after=_living_jobs(needs))
 
 
 @slurm.command()
@@ -238,7 +248,7 @@ def status(run: Path) -> None:
     console.print(table)
     best = sweep.read_best(run)
     if best is not None:
-        links.append(f"best: {run / best['run']}, top-1 {best['top1']:.4f} at step {best['step']:,}")
+        links.append(f"best: {run / best.run}, top-1 {best.top1:.4f} at step {best.step:,}")
     for link in links:
         console.print(link, soft_wrap=True, highlight=False, markup=False)
 
@@ -292,12 +302,15 @@ def _only_asked(stages: Sequence[Prepared], *, dry_run: bool, test_only: bool) -
     return dry_run or test_only
 
 
-def _living_job(needs: Path | None) -> str | None:
-    """The job that is still working on the run directory `needs`, if any."""
-    if needs is None:
-        return None
-    before = snapshot.read(needs / "slurm" / "train")
-    return before.number if before is not None and queue.state(before.number) in queue.ALIVE else None
+def _living_jobs(needs: Iterable[Path | None]) -> str | None:
+    """The jobs that are still working on the run directories `needs`, as Slurm takes them in a dependency; None where
+    there are none."""
+    found = []
+    for folder in dict.fromkeys(folder_of(run, "train") for run in needs if run is not None):
+        before = snapshot.read(folder)
+        if before is not None and queue.state(before.number) in queue.ALIVE:
+            found.append(before.number)
+    return ":".join(found) or None
 
 
 def _submit(stages: Sequence[Prepared], after: int | str | None) -> None:

@@ -21,6 +21,7 @@ from launch import queue
 from launch.job import CONFIG, SCRIPT, Job
 from pretrain.checkpoint.layout import replace_file
 from pretrain.config import Config, dump
+from pretrain.documents import read_object, whole
 from pretrain.errors import RunDirError
 from pretrain.lineage import code_changes, code_facts
 from pretrain.redact import redact_text
@@ -28,6 +29,8 @@ from pretrain.run_dir import check_writable
 from pretrain.tracking.locks import LockFile
 
 RECORD = "job.json"
+MAX_RECORD_BYTES = 2**24
+"""Each member of a sweep names all of them."""
 
 
 @dataclass(frozen=True)
@@ -88,15 +91,23 @@ def record(job: Job, job_id: int, chain: Sequence[Path], task: int | None = None
 def read(folder: Path) -> Submitted | None:
     """The job that was submitted from a folder last, or None."""
     try:
-        facts = json.loads((folder / RECORD).read_text())
-        task = facts.get("task")
-        return Submitted(
-            int(facts["job_id"]),
-            str(facts["name"]),
-            tuple(map(str, facts["chain"])),
-            None if task is None else int(task),
-        )
+        match {"task": None} | read_object(folder / RECORD, MAX_RECORD_BYTES):
+            case {"job_id": job_id, "name": str(name), "chain": list(chain), "task": task} if whole(
+                job_id
+            ) and (task is None or whole(task) is not None):
+                return Submitted(job_id, name, tuple(map(_folder_of_a_job, chain)), task)
+        raise ValueError("this is no job of ours")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunDirError(f"{folder / RECORD} cannot be read: {error}") from None
+    except (OSError, ValueError) as error:
+        raise RunDirError(
+            f"{folder / RECORD} cannot be read: {error}. Look with squeue whether its job lives; if none does, delete "
+            "the file"
+        ) from None
+
+
+def _folder_of_a_job(folder: object) -> str:
+    """RUN/slurm/KIND, absolute; raises `ValueError` for what is none."""
+    if not isinstance(folder, str) or len(Path(folder).parts) < 4 or not Path(folder).is_absolute():
+        raise ValueError(f"{folder!r} is no folder of a job")
+    return folder

@@ -13,10 +13,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from pretrain.checkpoint.layout import replace_file
 from pretrain.config import Config, load
+from pretrain.documents import number, read_object, whole
 from pretrain.errors import ConfigError, RunDirError
 from pretrain.run_dir import STATUS
 
@@ -25,8 +26,11 @@ MAX_MEMBERS = 1000
 """Slurm takes 1001 tasks of an array where the site has not said otherwise."""
 
 MAX_NAME = 200
-OWN = ("run.dir", "run.campaign", "tracking.run_name")
+OWN = ("run.dir", "run.campaign", "tracking.run_name", "checkpoint.mirror")
 """Keys that a sweep sets for each member."""
+
+_NAME = re.compile(r"\w[\w.]*-[A-Za-z0-9_.+-]+", re.ASCII)
+"""Of a member's folder: never a way out of the sweep's."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,14 @@ class Member:
     name: str
     values: Mapping[str, str]
     config: Config
+
+
+class Best(NamedTuple):
+    """run: the member's name; top1, step: of its checkpoint."""
+
+    run: str
+    top1: float
+    step: int
 
 
 def members_of(path: Path, overrides: Sequence[str], over: Sequence[str]) -> list[Member]:
@@ -62,9 +74,9 @@ def members_of(path: Path, overrides: Sequence[str], over: Sequence[str]) -> lis
             raise ConfigError(f"two members of the sweep are the same: {name}")
         plain.append(config)
         found.append(Member(name, values, _placed(config, name)))
-    if plain[0].data.val is None:
+    if any(config.data.val is None for config in plain):
         raise ConfigError(
-            "the best member is the one with the best top-1 on data.val, which this config has not"
+            "the best member is the one with the best top-1 on data.val, which not every member has"
         )
     if len(max((member.name for member in found), key=len)) > MAX_NAME:
         raise ConfigError(
@@ -82,19 +94,31 @@ def write(sweep: Path, members: Sequence[Member]) -> None:
 def read(sweep: Path) -> list[tuple[str, dict[str, str]]]:
     """(name, values) of each member; raises `RunDirError` where there is no sweep."""
     try:
-        found = json.loads((sweep / MEMBERS).read_text())["members"]
-        return [(str(one["run"]), dict(one["values"])) for one in found]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = read_object(sweep / MEMBERS).get("members")
+        if not isinstance(found, list) or not found:
+            raise ValueError(f"{MEMBERS} names no members")
+        return [_member(one) for one in found]
+    except (OSError, ValueError) as error:
         raise RunDirError(f"{sweep} is not the directory of a sweep: {error}") from None
 
 
-def read_best(sweep: Path) -> Mapping[str, Any] | None:
-    """What `launch.best` found last, or None."""
+def _member(facts: object) -> tuple[str, dict[str, str]]:
+    match facts:
+        case {"run": str(name), "values": dict(values)} if _NAME.fullmatch(name):
+            return name, {str(key): str(value) for key, value in values.items()}
+    raise ValueError(f"{MEMBERS} holds what is no member")
+
+
+def read_best(sweep: Path) -> Best | None:
+    """What `launch.best` found last, or None where there is nothing that can be read."""
     try:
-        found: Mapping[str, Any] = json.loads((sweep / BEST).read_text())
+        match read_object(sweep / BEST):
+            case {"run": str(name), "top1": top1, "step": step} if _NAME.fullmatch(name):
+                score, at = number(top1), whole(step)
+                return None if score is None or at is None else Best(name, score, at)
     except (OSError, ValueError):
-        return None
-    return found
+        pass
+    return None
 
 
 def check_place(sweep: Path) -> None:
@@ -128,7 +152,7 @@ def _safe(value: str) -> str:
 
 
 def _placed(config: Config, name: str) -> Config:
-    """The member's own directory and name in MLflow, below one parent that is the sweep's."""
+    """The member's own directory, mirror and name in MLflow, below one parent that is the sweep's."""
     sweep = Path(config.run.dir)
     above = config.run.campaign or sweep.absolute().parent.name
     run = config.run.model_copy(
@@ -136,4 +160,7 @@ def _placed(config: Config, name: str) -> Config:
     )
     called = config.tracking.run_name
     tracking = config.tracking.model_copy(update={"run_name": None if called is None else f"{called}/{name}"})
-    return config.model_copy(update={"run": run, "tracking": tracking})
+    mirror = config.checkpoint.mirror
+    own = None if mirror is None else f"{mirror.rstrip('/')}/{name}"
+    checkpoint = config.checkpoint.model_copy(update={"mirror": own})
+    return config.model_copy(update={"run": run, "tracking": tracking, "checkpoint": checkpoint})

@@ -19,11 +19,12 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pretrain.checkpoint.layout import checkpoints, config_of, read_manifest, replace_file
 from pretrain.config import Config, Plan, dump
 from pretrain.config.resume import FIXED, Refused, changed_keys, check_allowed, refused
+from pretrain.documents import number, read_object, whole
 from pretrain.errors import CheckpointError, ConfigError, ReplicaError, RunDirError, UserError
 from pretrain.redact import redact_text
 
@@ -95,10 +96,13 @@ def write_status(run_dir: Path, status: Status, step: int, **facts: Any) -> None
 
 
 def read_status(run_dir: Path) -> Mapping[str, Any]:
-    """What `write_status` wrote last; raises `RunDirError` where there is nothing or it cannot be read."""
+    """What `write_status` wrote last, a `Status` and a step at the least; raises `RunDirError` where there is nothing or
+    it cannot be read."""
     try:
-        status: Mapping[str, Any] = json.loads((run_dir / STATUS).read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        status = read_object(run_dir / STATUS)
+        if status.get("status") not in get_args(Status) or whole(status.get("step")) is None:
+            raise ValueError(f"{STATUS} does not say how the run stands, and at which step")
+    except (OSError, ValueError) as error:
         raise RunDirError(f"{run_dir} is not the directory of a run: {error}") from None
     return status
 
@@ -115,10 +119,10 @@ def write_heartbeat(run_dir: Path, step: int) -> None:
 def read_heartbeat(run_dir: Path) -> Mapping[str, Any] | None:
     """What `write_heartbeat` wrote last; None where there is nothing to read."""
     try:
-        beat: Mapping[str, Any] = json.loads((run_dir / HEARTBEAT).read_text())
-    except (OSError, ValueError, RecursionError):
+        beat = read_object(run_dir / HEARTBEAT)
+    except (OSError, ValueError):
         return None
-    return beat
+    return beat if number(beat.get("time")) is not None else None
 
 
 def record_failure(run_dir: Path, rank: int, error: BaseException, words: str) -> None:
@@ -145,8 +149,10 @@ def node() -> str:
 
 def read_failure(run_dir: Path, rank: int) -> str | None:
     """The words that `record_failure` left in this attempt, if any."""
-    path = _failure(run_dir, rank)
-    return str(json.loads(path.read_text())["words"]) if path.is_file() else None
+    try:
+        return str(read_object(_failure(run_dir, rank)).get("words"))
+    except (OSError, ValueError):
+        return None
 
 
 def forget_failure(run_dir: Path, rank: int) -> None:

@@ -110,7 +110,7 @@ class Stage:
         fake(
             self.programs,
             "scontrol",
-            f"case $* in *'show job'*) echo 'JobId=4711 JobState={state}' ;; *hostnames*) echo node0 ;; esac",
+            f"case $* in *'show job'*) echo 'JobId=4711 JobState={state}' ;; *hostnames?node9) echo node9 ;; *hostnames*) echo node0 ;; esac",
         )
         fake(self.programs, "sinfo", f"printf '%s\\n' {' '.join(present)}")
 
@@ -161,6 +161,29 @@ def test_interrupted_is_requeued(tmp_path: Path) -> None:
     fake(stage.programs, "srun", stage.checkpoint(4), stage.says("interrupted", 4))
     assert stage.starts() == 85  # for a job that Slurm has put back already this means nothing
     assert REQUEUE in stage.asked_of_slurm()
+
+
+def test_a_controller_that_answers_late_is_asked_again(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, [])
+    fake(stage.programs, "srun", stage.checkpoint(4), stage.says("interrupted", 4))
+    fake(stage.programs, "sleep")
+    late = f"[ $(wc -l < {stage.programs}/asked) -gt 2 ]"
+    note = f"echo >> {stage.programs}/asked"
+    answer = f"case $* in *hostnames*) echo node0 ;; *requeue*) {note}; {late} ;; *) echo JobState=RUNNING ;; esac"
+    fake(stage.programs, "scontrol", answer)
+    assert stage.starts() == 85
+    asked = [call for call in stage.asked_of_slurm() if call == REQUEUE]
+    assert len(asked) == 3
+
+
+def test_a_job_that_is_cancelled_while_the_controller_is_away_is_not_requeued(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, [])
+    fake(stage.programs, "srun", stage.checkpoint(4), stage.says("interrupted", 4))
+    fake(stage.programs, "sleep", f"touch {stage.programs}/slept")
+    state = f"if [ -e {stage.programs}/slept ]; then echo JobState=CANCELLED; else echo JobState=RUNNING; fi"
+    fake(stage.programs, "scontrol", f"case $* in *hostnames*) echo node0 ;; *requeue*) exit 1 ;; *) {state} ;; esac")
+    assert stage.starts() == 85
+    assert stage.asked_of_slurm().count(REQUEUE) == 1
 
 
 def test_cancelled_is_not_requeued(tmp_path: Path) -> None:
@@ -222,7 +245,10 @@ def test_words_of_an_earlier_attempt_do_not_count(tmp_path: Path) -> None:
     assert not list((stage.run / "logs").glob("*.failure"))
 
 
-@pytest.mark.parametrize(("present", "excluded"), [(("node0", "node1"), "node9,node1"), (("node1",), None)])
+@pytest.mark.parametrize(
+    ("present", "excluded"),
+    [(("node0", "node1"), "node9,node1"), (("node1",), None), (("node1", "node9"), None)],
+)
 def test_a_bad_node_is_left_out_where_another_is_there(
     present: Sequence[str], excluded: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
