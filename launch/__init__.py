@@ -12,6 +12,7 @@
     progress   how far the stages of a chain are
     best       which member of a sweep is the best one
     attempt    the batch script's questions: may this job start, and what now that it ended (`verdict`)
+    keep       a command that ends with whoever started it
     mlflow_server  a tracking server for a cluster, `launch/mlflow-server`
     preflight  every rank sees its device, the network, the shards and the run directory
 """

@@ -2,7 +2,8 @@
 
 MLflow's own command listens as it is told and checks no more; beside the server it starts a runner of jobs whose
 processes outlive it. Here only the hosts named are answered, nothing but the server runs, a sqlite file lies on a
-local disk and belongs to one server, and when this process is told to end, every process that it started has ended.
+local disk and belongs to one server, and when this process has ended, even by SIGKILL, so has all that it started
+(`launch.keep`).
 """
 
 import contextlib
@@ -21,8 +22,8 @@ from types import FrameType
 from urllib.parse import urlsplit
 
 import click
-import psutil
 
+from launch import keep
 from pretrain import command
 from pretrain.errors import ConfigError, UserError
 from pretrain.tracking.locks import LockFile
@@ -31,7 +32,6 @@ from pretrain.tracking.target import sqlite_path
 
 STORE = "MLFLOW_BACKEND_STORE_URI"
 START_SECONDS = 180.0
-END_SECONDS = 10.0
 SAFE = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
@@ -92,7 +92,7 @@ def mlflow_server(host: str, port: int, names: tuple[str, ...], folder: Path, wo
     line += ["--workers", str(workers), "--allowed-hosts", ",".join(hosts)]
     line += ["--cors-allowed-origins", ",".join(f"http://{name}" for name in hosts)]
     line += ["--artifacts-destination", str(folder.absolute() / "artifacts")]
-    with _signals_raise(), _running(line, _environment(store)) as process:
+    with _running(line, _environment(store), lock) as process, _signals_raise():
         try:
             _wait_until_it_answers(process, host, port)
             _announce(host, port, names)
@@ -171,33 +171,30 @@ def _signals_raise() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _running(line: Sequence[str], environment: Mapping[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
-    """The server in a process group of its own; afterwards nobody of it is left."""
+def _running(
+    line: Sequence[str], environment: Mapping[str, str], lock: LockFile
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """The server, kept in a session of its own; afterwards nobody of it is left, whatever becomes of this process.
+
+    Its keeper holds the folder's lock with us, so that a next server waits for the end of this one.
+    """
     process = subprocess.Popen(
-        line, stdin=subprocess.DEVNULL, stdout=sys.stderr, env=dict(environment), start_new_session=True
+        [sys.executable, "-m", "launch.keep", *line],
+        stdin=subprocess.PIPE,
+        stdout=sys.stderr,
+        env=dict(environment),
+        start_new_session=True,
+        pass_fds=(lock.fileno(),),
     )
+    assert process.stdin is not None
     try:
         yield process
     finally:
-        _end(process)
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    family = [] if process.poll() is not None else psutil.Process(process.pid).children(recursive=True)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        for member in family:  # one may have left the group
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.send_signal(number)
-        deadline = time.monotonic() + END_SECONDS
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        _, family = psutil.wait_procs(family, max(0.0, deadline - time.monotonic()))
-        if process.poll() is not None and not family:
-            break
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(3 * keep.END_SECONDS)
+        keep.end(process.pid)
+        process.wait()
 
 
 def _wait_until_it_answers(process: "subprocess.Popen[bytes]", host: str, port: int) -> None:

@@ -43,6 +43,10 @@ class LockFile:
         """Try once."""
         return try_lock(self._descriptor)
 
+    def fileno(self) -> int:
+        """For a child that is to hold the lock too: it is free when the last of them has let go."""
+        return self._descriptor
+
     def release(self) -> None:
         os.close(self._descriptor)
 

@@ -169,7 +169,9 @@ def test_a_controller_that_answers_late_is_asked_again(tmp_path: Path) -> None:
     fake(stage.programs, "sleep")
     late = f"[ $(wc -l < {stage.programs}/asked) -gt 2 ]"
     note = f"echo >> {stage.programs}/asked"
-    answer = f"case $* in *hostnames*) echo node0 ;; *requeue*) {note}; {late} ;; *) echo JobState=RUNNING ;; esac"
+    answer = (
+        f"case $* in *hostnames*) echo node0 ;; *requeue*) {note}; {late} ;; *) echo JobState=RUNNING ;; esac"
+    )
     fake(stage.programs, "scontrol", answer)
     assert stage.starts() == 85
     asked = [call for call in stage.asked_of_slurm() if call == REQUEUE]
@@ -181,7 +183,11 @@ def test_a_job_that_is_cancelled_while_the_controller_is_away_is_not_requeued(tm
     fake(stage.programs, "srun", stage.checkpoint(4), stage.says("interrupted", 4))
     fake(stage.programs, "sleep", f"touch {stage.programs}/slept")
     state = f"if [ -e {stage.programs}/slept ]; then echo JobState=CANCELLED; else echo JobState=RUNNING; fi"
-    fake(stage.programs, "scontrol", f"case $* in *hostnames*) echo node0 ;; *requeue*) exit 1 ;; *) {state} ;; esac")
+    fake(
+        stage.programs,
+        "scontrol",
+        f"case $* in *hostnames*) echo node0 ;; *requeue*) exit 1 ;; *) {state} ;; esac",
+    )
     assert stage.starts() == 85
     assert stage.asked_of_slurm().count(REQUEUE) == 1
 

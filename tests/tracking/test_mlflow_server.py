@@ -12,9 +12,11 @@ import psutil
 import pytest
 from mlflow_server import wait_until
 
+from launch import keep
 from launch.mlflow_server import allowed_hosts
 from pretrain.errors import ConfigError
 from pretrain.tracking import mounts
+from pretrain.tracking.locks import LockFile
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "mlflow-server"
@@ -28,6 +30,14 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def lives(member: psutil.Process) -> bool:
+    """Not so a zombie, which a slow process 1 has not looked at yet."""
+    try:
+        return member.is_running() and member.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def ask(port: int, host: str, method: str = "GET", **headers: str) -> int:
@@ -70,9 +80,88 @@ def test_it_starts_answers_those_it_should_and_ends_with_no_process_left(templat
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
         server.stdout.close()
-    wait_until(lambda: not any(member.is_running() for member in family))
+    assert not any(lives(member) for member in family)
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_a_server_whose_starter_is_killed_is_gone_too(template: Path, tmp_path: Path):
+    """SIGKILL, which nobody can answer: the next server can start in the same folder."""
+    port = free_port()
+    (tmp_path / "mlflow.db").write_bytes(template.read_bytes())
+    command = [str(SCRIPT), "--port", str(port), "--workers", "1", "--folder", str(tmp_path)]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment())
+    assert server.stdout is not None
+    assert "MLflow answers" in server.stdout.readline(), log.name
+    family = psutil.Process(server.pid).children(recursive=True)
+    assert len(family) > 1
+    server.kill()
+    server.wait()
+    server.stdout.close()
+    wait_until(lambda: not any(lives(member) for member in family))
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+    lock = LockFile(tmp_path / "server.lock")
+    wait_until(lock.acquire)
+    lock.release()
+
+
+KEEPER = """
+import sys
+from launch import keep
+keep.END_SECONDS = 1.0
+sys.exit(keep.main(sys.argv[1:]))
+"""
+STUBBORN = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+elsewhere = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+print(os.getpid(), elsewhere.pid, flush=True)
+time.sleep(600)
+"""
+STARTER = """
+import subprocess, sys, time
+kept = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, start_new_session=True)
+time.sleep(600)
+"""
+KEPT = [sys.executable, "-c", KEEPER, sys.executable, "-c", STUBBORN]
+
+
+def test_who_ignores_sigterm_and_who_left_the_session_end_with_their_starter():
+    command = [sys.executable, "-c", STARTER, *KEPT]
+    starter = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert starter.stdout is not None
+    family = [psutil.Process(int(word)) for word in starter.stdout.readline().split()]
+    assert len(family) == 2
+    starter.kill()
+    starter.wait()
+    starter.stdout.close()
+    wait_until(lambda: not any(lives(member) for member in family))
+
+
+def test_what_a_killed_keeper_leaves_is_ended_from_outside(monkeypatch: pytest.MonkeyPatch):
+    keeper = subprocess.Popen(
+        KEPT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+    )
+    assert keeper.stdout is not None
+    assert keeper.stdin is not None
+    family = [psutil.Process(int(word)) for word in keeper.stdout.readline().split()]
+    keeper.kill()
+    keeper.wait()
+    keeper.stdout.close()
+    keeper.stdin.close()
+    assert all(lives(member) for member in family)
+    monkeypatch.setattr(keep, "END_SECONDS", 1.0)
+    keep.end(keeper.pid)
+    assert not any(lives(member) for member in family)
+
+
+@pytest.mark.parametrize("code", [0, 7])
+def test_a_command_that_ends_by_itself_ends_with_its_own_code(code: int):
+    words = [sys.executable, "-m", "launch.keep", sys.executable, "-c", f"raise SystemExit({code})"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True) as keeper:
+        assert keeper.wait(60) == code
 
 
 @pytest.mark.parametrize(
