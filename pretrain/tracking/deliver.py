@@ -14,7 +14,7 @@ from pretrain.errors import RunDirError
 from pretrain.logs import log
 from pretrain.tracking import progress, records
 from pretrain.tracking.journal import artifact_file, journal_path
-from pretrain.tracking.locks import is_locked
+from pretrain.tracking.locks import LockFile, is_locked
 from pretrain.tracking.progress import Delivered
 from pretrain.tracking.records import Record
 from pretrain.tracking.store import Item, MlflowRun, RefusedError, RunLostError, UnreachableError
@@ -24,6 +24,8 @@ POLL_SECONDS = 1.0
 MAX_BATCH, MIN_BATCH = 1000, 50
 SHOWN_BYTES = 4096
 """Of a damaged line, in the dead letters."""
+CAMPAIGN_LOCK = ".campaign.lock"
+CAMPAIGN_WAIT_SECONDS = 5.0
 RUN_STATUS = "status.json"
 """How the run stands, in the trainer's own words; written before the journal is closed."""
 
@@ -161,9 +163,31 @@ class Drainer:
                 raise RunDirError(
                     f"{self._path} does not begin with the description of its run; was it edited?"
                 )
-            self._mlflow = MlflowRun(self.note.uri, run)
+            with self._alone_in_campaign(run):
+                self._mlflow = MlflowRun(self.note.uri, run)
             progress.save_page(self._run_dir, self._mlflow.page)
         return self._mlflow
+
+    @contextlib.contextmanager
+    def _alone_in_campaign(self, run: Record) -> Iterator[None]:
+        """Runs of one campaign look for its run in turns: of those that begin together, such as the members of a sweep,
+        each would make one of its own. They are neighbours on disk, and MLflow has nothing to agree by."""
+        lock = None
+        if run.get("campaign") is not None:
+            with contextlib.suppress(OSError):  # a folder that is not ours: then luck has to do
+                lock = LockFile(self._run_dir.absolute().parent / CAMPAIGN_LOCK)
+        if lock is None:
+            yield
+            return
+        try:
+            deadline = time.monotonic() + CAMPAIGN_WAIT_SECONDS
+            while not lock.acquire():
+                if time.monotonic() > deadline:
+                    raise UnreachableError("another run of the campaign has been asking MLflow for long")
+                time.sleep(POLL_SECONDS / 10)
+            yield
+        finally:
+            lock.release()
 
     def _next_group(self) -> tuple[list[Record], int]:
         """Lines that can travel in one request, or one line that cannot be joined, and the offset after them."""
