@@ -56,9 +56,10 @@ def directive(option: str, value: str | None = None) -> str:
 
 
 def log_folder(path: str) -> str:
-    """A folder for `--output`, where sbatch replaces `%j` and its like and no escape holds in every release."""
-    if "%" in path:
-        raise ConfigError(
-            f"{path!r} holds a %, which Slurm replaces in the path of a log: choose another run.dir"
-        )
+    """A folder for `--output`, where sbatch replaces `%j` and its like and takes backslashes away, however quoted."""
+    for character in "%\\":
+        if character in path:
+            raise ConfigError(
+                f"{path!r} holds a {character}, which Slurm replaces in the path of a log: choose another run.dir"
+            )
     return path

@@ -12,13 +12,13 @@ import pytest
 import tiny
 import yaml
 from fakes import calls, fake, run_script
-from hypothesis import assume, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from launch import plain
 from launch.job import Job, default_name, export_job, train_job
 from launch.profile import TEMPLATES, Profile, load
-from launch.render import CODE, render
+from launch.render import CODE, render, render_array
 from pretrain.docs import table
 from pretrain.errors import ConfigError
 from pretrain.train import UNDER_BATCH_SCRIPT
@@ -30,6 +30,10 @@ HOSTILE = [
 ]  # fmt: skip
 PIECE = st.sampled_from(HOSTILE) | st.text(max_size=12)
 TEXT = st.lists(PIECE, min_size=1, max_size=3).map("".join).filter(bool)
+
+
+TAKEN = TEXT.map(lambda text: "".join(filter(acceptable, text)) or "x")
+"""Without what is refused: a script with a dozen texts would seldom be rendered otherwise."""
 
 
 def profile(**values: Any) -> Profile:
@@ -61,46 +65,169 @@ def acceptable(text: str) -> bool:
     return all(unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp") for c in text)
 
 
-@settings(max_examples=60)
-@given(argument=TEXT, variable=TEXT, python=TEXT, image=TEXT)
-@example(argument="\n#SBATCH --x", variable="a", python="b", image="c")
+FREE = ("argument", "run", "cwd", "needs", "code", "variable", "setup", "python", "image", "mount", "inside")
+"""Where any text may stand: of a config, the clone's folder, a profile."""
+
+
+def rendered(folder: Path, text: dict[str, str]) -> str:
+    """A script that has the texts wherever a text may stand; its setup file says that it was read."""
+    setup = folder / "setup" / text["setup"]
+    if acceptable(text["setup"]):
+        setup.parent.mkdir(parents=True)
+        setup.write_text(f"echo read >> {folder}/sourced\n")
+    site = profile(
+        env={"OF_MINE": text["variable"]},
+        container={
+            "kind": "pyxis", "image": text["image"], "mounts": (f"/{text['mount']}:/x",), "python": text["inside"]
+        },
+        python=text["python"],
+        setup=str(setup),
+    )  # fmt: skip
+    inside = site.container.python if site.container else ""
+    return render(
+        job(
+            f"/{text['run']}",
+            cwd=Path("/", text["cwd"]),
+            commands=((inside, "train", text["argument"]),),
+            preflight=(inside, "look", text["argument"]),
+            needs=Path("/", text["needs"]),
+        ),
+        site,
+    )
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    text=st.fixed_dictionaries(dict.fromkeys(FREE, TAKEN)),
+    worst=st.tuples(st.sampled_from(FREE), TEXT),
+    address=TEXT,
+)
+@example(
+    text=dict.fromkeys(FREE, "$(touch canary)"), worst=("run", "`touch canary`"), address="`touch canary`"
+)
+@example(text=dict.fromkeys(FREE, "'; touch canary; '"), worst=("run", '"$IFS'), address='"; touch canary; "')
+@example(text=dict.fromkeys(FREE, "a"), worst=("argument", "\n#SBATCH --x"), address="a")
 def test_every_word_arrives_as_it_was_and_nothing_else_runs(
-    argument: str, variable: str, python: str, image: str
+    text: dict[str, str], worst: tuple[str, str], address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts = (argument, variable, python, image)
-    container = {"kind": "pyxis", "image": image}
+    text = text | {"run": re.sub(r"[%\\]", "_", text["run"])} | dict([worst])
+    # a name of a file is at most 255 bytes without a slash, and a mount has neither a colon nor a comma
+    text = text | {
+        "setup": text["setup"].replace("/", "_").strip(".") or "x",
+        "mount": re.sub("[:,]", "_", text["mount"]),
+    }
+    text["code"] = text["code"].replace("\0", "")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        judge = fake(folder, "judge", 'case "${@: -2}" in *begin) echo go ;; *) echo finished ;; esac')
+        monkeypatch.setattr("launch.render.CODE", Path("/", text["code"]))
+        refused = any(not acceptable(value) for value in text.values()) or {"%", "\\"} & set(text["run"])
         try:
-            site = profile(env={"OF_MINE": variable}, container=container, python=python)
-            script = render(job(commands=(("program", argument, python),), needs=Path("/", argument)), site)
+            script = rendered(folder, text)
         except (ConfigError, ValueError):
-            assert not all(acceptable(text) for text in texts)
+            assert refused
             return
-        assert all(acceptable(text) for text in texts)
+        assert not refused
+        judge = fake(folder, "judge", 'case "${@: -2}" in *begin) echo go ;; *) echo finished ;; esac')
         path = folder / "stage.sbatch"
-        path.write_text(script.replace(f"judge=({plain.word(python)} ", f"judge=({judge} "))
+        path.write_text(script.replace(f"judge=({plain.word(text['python'])} ", f"judge=({judge} "))
         assert subprocess.run(["bash", "-n", str(path)], timeout=10).returncode == 0
-        fake(folder, "srun", 'printf %s "$OF_MINE" > variable')
+        seen = ("OF_MINE", "PYTHONPATH", "MASTER_ADDR")
+        fake(folder, "srun", *(f'printf %s "${name}" > {folder}/{name}' for name in seen))
         fake(folder, "scontrol", "echo node0")
-        done = run_script(path, folder)
+        address = "".join(c for c in address if c != "\0" and c.isprintable())
+        done = run_script(path, folder, MASTER_ADDR=address, SLURM_JOB_NODELIST=address)
         assert done.returncode == 0, done.stderr
-        begin, _, run, end = calls(folder)
-        assert begin[:3] == ["judge", "-m", "launch.attempt"]
-        assert begin[begin.index("--needs") + 1] == str(Path("/", argument))
-        assert run[0] == "srun"
-        assert run[-4:] == [f"--container-image={image}", "program", argument, python]
-        assert end[-2:] == ["end", "0"]
-        assert (folder / "variable").read_bytes().decode() == variable
-        assert {p.name for p in folder.iterdir()} == {
-            "judge",
-            "srun",
-            "scontrol",
-            "stage.sbatch",
-            "calls",
-            "variable",
-        }
+        begin, *_, look, train, end = calls(folder)
+        for said in (begin, end):
+            assert said[:3] == ["judge", "-m", "launch.attempt"]
+            assert said[3] == f"{Path('/' + text['run'])}/slurm/train"
+            assert said[said.index("--run") + 1] == str(Path("/" + text["run"]))
+            assert said[said.index("--needs") + 1] == str(Path("/", text["needs"]))
+        container = [f"--container-image={text['image']}", f"--container-mounts=/{text['mount']}:/x"]
+        assert look[-6:] == [*container, "--time=1", text["inside"], "look", text["argument"]]
+        assert train[-5:] == [*container, text["inside"], "train", text["argument"]]
+        assert (folder / "OF_MINE").read_bytes().decode() == text["variable"]
+        assert (folder / "PYTHONPATH").read_bytes().decode() == str(Path("/", text["code"]))
+        assert (folder / "MASTER_ADDR").read_bytes().decode() == (address or "node0")
+        assert (folder / "sourced").read_text() == "read\n"
+        ours = {"judge", "srun", "scontrol", "stage.sbatch", "calls", "setup", "sourced", *seen}
+        assert {p.name for p in folder.iterdir()} == ours
+
+
+def texts_of(field: str, text: str) -> Any:
+    """`text` as the value of a field of the profile."""
+    shapes = {"exclude": (text,), "sbatch": (text,), "srun": (text,), "modules": (text,), "pass_env": (text,)}
+    return shapes.get(field, {text: "x"} if field == "env" else text)
+
+
+NO_TEXT = {"container", "retry"}
+
+
+@settings(max_examples=300)
+@given(
+    field=st.sampled_from(sorted(set(Profile.model_fields) - NO_TEXT)),
+    text=TEXT | st.from_regex(r"--[a-z]{1,9}=\S{1,9}", fullmatch=True),
+)
+def test_a_profile_s_text_is_refused_or_changes_nothing_but_its_own_value(field: str, text: str) -> None:
+    """Of every key that the profile has, also one that is new."""
+    base: dict[str, Any] = {"gpus_per_node": 1}
+    try:
+        script = render(job(), profile(**(base | {field: texts_of(field, text)})))
+    except (ConfigError, ValueError):
+        return
+    plain_script = render(job(), profile(**base))
+    gone, come = set(plain_script.split("\n")), set(script.split("\n"))
+    for line in come - gone:
+        words = shlex.split(line)
+        assert words[0] in ("#SBATCH", "export", "source", "module") or "=(" in words[0], line
+        assert len(words) <= 3 or "=(" in words[0], line
+    template = {
+        line for line in (TEMPLATES / "stage.sbatch").read_text().split("\n") if not line.startswith("@")
+    }
+    assert template <= come
+    assert set(directives(script)) <= set(directives(plain_script)) | {
+        field.replace("_", "-"), "cpus-per-task", text.removeprefix("--").partition("=")[0]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("variable", ["SLURM_JOB_NUM_NODES", "SLURM_JOB_ID"])
+def test_what_stands_where_a_number_should_is_not_run(variable: str, tmp_path: Path) -> None:
+    script = tmp_path / "stage.sbatch"
+    script.write_text(render(job(), profile(python=str(fake(tmp_path, "judge", "echo go")))))
+    fake(tmp_path, "srun")
+    done = run_script(script, tmp_path, **{variable: "a[$(touch canary)]"})
+    assert done.returncode == 2
+    assert not (tmp_path / "canary").exists()
+
+
+@settings(max_examples=20)
+@given(names=st.lists(TEXT, min_size=2, max_size=3), number=st.integers(0, 1))
+def test_a_task_of_a_sweep_runs_its_member_s_script_and_nothing_else(names: list[str], number: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        runs = [folder / "s" / re.sub("[/\0]", "_", text).strip(".") / str(n) for n, text in enumerate(names)]
+        members = [job(str(run)) for run in runs]
+        try:
+            script = render_array(folder / "s", "sweep", members, profile(), None)
+        except ConfigError:
+            assert not all(map(acceptable, names))
+            return
+        for member in members:
+            member.folder.mkdir(parents=True)
+            (member.folder / "stage.sbatch").write_text(f"echo {members.index(member)}\n")
+        before = {p for p in folder.rglob("*") if "log-" not in p.name}
+        (folder / "array.sbatch").write_text(script)
+        env = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": str(number)}
+        assert run_script(folder / "array.sbatch", folder, **env).returncode == 0
+        assert (members[number].folder / f"log-9_{number}.txt").read_text() == f"{number}\n"
+        assert {p for p in folder.rglob("*") if "log-" not in p.name} == before | {folder / "array.sbatch"}
+        assert (
+            run_script(
+                folder / "array.sbatch", folder, **(env | {"SLURM_ARRAY_TASK_ID": "x[$(touch canary)]"})
+            ).returncode
+            == 2
+        )
+        assert not (folder / "canary").exists()
 
 
 @settings(max_examples=200)
@@ -110,7 +237,7 @@ def test_a_path_is_one_value_of_one_directive(run: str, cwd: str) -> None:
     try:
         script = render(job(run_dir=f"/runs/{run}", cwd=Path("/", cwd)), profile())
     except ConfigError:
-        assert not acceptable(run) or not acceptable(cwd) or "%" in run
+        assert not acceptable(run) or not acceptable(cwd) or {"%", "\\"} & set(run)
         return
     found = directives(script)
     assert set(found) == expected
