@@ -1,8 +1,8 @@
 """Samples from local shards: ranged reads, each checked against the checksum in the index before anything sees it.
 
 `LocalReader.read` is the whole interface between the order and the bytes: numbers in, samples out, from any thread.
-State: the indexes of as many shards as the order is in at a time, of as many of those as there are descriptors for an open
-file, and which blocks were announced to the system. The page cache holds the blocks; nothing else does.
+State, each up to a bound and the ones used last: of the blocks that the order is in, where their samples lie; whole indexes,
+so that those of a small data set are read once; open files. The page cache holds the bytes; nothing else does.
 """
 
 import hashlib
@@ -11,10 +11,13 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from itertools import pairwise
 from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from pretrain.data.dataset import Dataset
 from pretrain.data.index import BLOCK, ShardIndex, index_bytes, index_path, parse_index, remedy
@@ -27,11 +30,21 @@ from pretrain.hardware import descriptors_to_use
 from pretrain.logs import log
 
 FEWEST_KEPT = 64
-"""Indexes that are kept even where the order is in fewer shards."""
-_ANNOUNCED_A_BLOCK = 4
-"""Announcements that are remembered for each block in use: steps ahead of the slowest thread."""
+"""Blocks that are kept even where the order is in fewer."""
+INDEX_BYTES = 32 * 2**20
+"""Of whole indexes that are kept. Where all lanes are in other shards they would be gigabytes; then each is read once a block."""
 REREADS = 3
 """Further reads of a sample whose checksum does not match, before that is an error."""
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class _Key(NamedTuple):
+    """A block: samples [number * block_samples, (number + 1) * block_samples) of a shard."""
+
+    shard: int
+    number: int
 
 
 class LocalReader:
@@ -39,57 +52,76 @@ class LocalReader:
 
     def __init__(self, dataset: Dataset, block_samples: int, blocks_in_use: int = 1024) -> None:
         """block_samples: samples of one I/O block, counted from the start of a shard (see `data.order`).
-        blocks_in_use: that samples are taken of at a time, and so the most shards."""
+        blocks_in_use: that samples are taken of at a time."""
         self._dataset = dataset
         self._block_samples = block_samples
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[int, _KeptShard] = OrderedDict()
-        self._most_kept = max(FEWEST_KEPT, blocks_in_use)
-        self._files = _Files(descriptors_to_use())
-        self._announced: OrderedDict[tuple[int, int], None] = OrderedDict()
+        self._files: _Recent[Path, _File] = _Recent(_File, descriptors_to_use())
+        self._indexes = _Recent(self._load_index, INDEX_BYTES, lambda table: table.nbytes)
+        self._blocks = _Recent(self._open_block, max(FEWEST_KEPT, blocks_in_use))
 
     def read(self, shards: IntArray, samples: IntArray) -> list[Sample]:
-        """Samples by (shard, number in the shard), in the order given. Neighbours in a shard are one read.
+        """Samples by (shard, number in the shard), in the order given. Neighbours in a block are one read.
 
         Raises `DataError` naming shard and sample where the bytes are not those that were indexed.
         """
         found: list[Sample] = []
-        follows = (shards[1:] == shards[:-1]) & (samples[1:] == samples[:-1] + 1)
+        blocks = samples // self._block_samples
+        follows = (shards[1:] == shards[:-1]) & (samples[1:] == samples[:-1] + 1) & (blocks[1:] == blocks[:-1])
         edges = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(shards)]
         for start, stop in pairwise(edges):
-            number, first = int(shards[start]), int(samples[start])
-            shard = self._shard(number)
-            self._announce(shard, number, first // self._block_samples)
-            found += shard.read(first, first + stop - start)
+            block = self._blocks.get(_Key(int(shards[start]), int(blocks[start])))
+            first = int(samples[start])
+            found += block.read(first, first + stop - start)
         return found
 
     def close(self) -> None:
+        for kept in (self._blocks, self._indexes, self._files):
+            kept.clear()
+
+    def _load_index(self, shard: int) -> npt.NDArray[np.void]:
+        path = Path(self._dataset.paths[shard])
+        return load_index(index_path(path), self._dataset.shards[shard]).table
+
+    def _open_block(self, key: _Key) -> "_Block":
+        first = key.number * self._block_samples
+        table = self._indexes.get(key.shard)[first : first + self._block_samples].copy()
+        block = _Block(Path(self._dataset.paths[key.shard]), first, table, self._files)
+        block.announce()
+        return block
+
+
+class _Recent(Generic[K, V]):
+    """What was asked for last, made where it is not there, up to a bound. Thread-safe: two threads may make the same."""
+
+    def __init__(self, make: Callable[[K], V], most: int, size: Callable[[V], int] = lambda _: 1) -> None:
+        """most: of all sizes together; one is kept however large it is."""
+        self._make, self._most, self._size = make, most, size
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[K, V] = OrderedDict()
+        self._taken = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: K) -> V:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        made = self._make(key)
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = made
+                self._taken += self._size(made)
+            value = self._kept[key]
+            while self._taken > self._most and len(self._kept) > 1:
+                self._taken -= self._size(self._kept.popitem(last=False)[1])
+            return value
+
+    def clear(self) -> None:
         with self._lock:
             self._kept.clear()
-        self._files.close()
-
-    def _shard(self, number: int) -> "_KeptShard":
-        with self._lock:
-            shard = self._kept.get(number)
-            if shard is not None:
-                self._kept.move_to_end(number)
-                return shard
-        shard = _KeptShard(Path(self._dataset.paths[number]), self._dataset.shards[number], self._files)
-        with self._lock:
-            shard = self._kept.setdefault(number, shard)  # another thread may have been first
-            while len(self._kept) > self._most_kept:
-                self._kept.popitem(last=False)
-            return shard
-
-    def _announce(self, shard: "_KeptShard", number: int, block: int) -> None:
-        """The first read in a block asks the system for all of it, as one range: its samples come shuffled."""
-        with self._lock:
-            if (number, block) in self._announced:
-                return
-            self._announced[number, block] = None
-            if len(self._announced) > _ANNOUNCED_A_BLOCK * self._most_kept:
-                self._announced.popitem(last=False)
-        shard.announce(block * self._block_samples, (block + 1) * self._block_samples)
+            self._taken = 0
 
 
 class _File:
@@ -106,67 +138,42 @@ class _File:
             os.close(self.descriptor)
 
 
-class _Files:
-    """Open files, the ones used last, up to a bound. Thread-safe."""
+class _Block:
+    """Where the samples of a block lie, and its tar for as long as there is room among the open files."""
 
-    def __init__(self, most: int) -> None:
-        self._most, self._lock = most, threading.Lock()
-        self._open: OrderedDict[Path, _File] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._open)
-
-    def get(self, path: Path) -> _File:
-        with self._lock:
-            file = self._open.get(path)
-            if file is not None:
-                self._open.move_to_end(path)
-                return file
-        file = _File(path)
-        with self._lock:
-            file = self._open.setdefault(path, file)
-            while len(self._open) > self._most:
-                self._open.popitem(last=False)
-            return file
-
-    def close(self) -> None:
-        with self._lock:
-            self._open.clear()
-
-
-class _KeptShard:
-    """The index of a shard, and its file for as long as there is room among the open ones."""
-
-    def __init__(self, path: Path, stated: Shard, files: _Files) -> None:
-        self._path, self._files = path, files
-        table = load_index(index_path(path), stated).table
+    def __init__(
+        self, path: Path, first: int, table: npt.NDArray[np.void], files: _Recent[Path, _File]
+    ) -> None:
+        """first: number of the first sample in its shard; table: `index.ROW` of each."""
+        self._path, self._first, self._files = path, first, files
         self._offset, self._length, self._crc32 = (table[name] for name in ("offset", "length", "crc32"))
 
-    def _start(self, number: int) -> int:
-        """Where a sample begins in the tar."""
-        return int(self._offset[number]) * BLOCK
+    def _span(self, number: int) -> tuple[int, int]:
+        """Where a sample of the block, counted in it, begins and ends in the tar."""
+        start = int(self._offset[number]) * BLOCK
+        return start, start + int(self._length[number])
 
-    def _stop(self, number: int) -> int:
-        return int(self._offset[number]) * BLOCK + int(self._length[number])
-
-    def announce(self, first: int, stop: int) -> None:
-        begin, end = self._start(first), self._stop(min(stop, len(self._offset)) - 1)
+    def announce(self) -> None:
+        """Ask the system for all of it, as one range: its samples come shuffled."""
+        start, stop = self._span(0)[0], self._span(-1)[1]
         file = self._files.get(self._path)
-        os.posix_fadvise(file.descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(file.descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def read(self, first: int, stop: int) -> list[Sample]:
-        start = self._start(first)
-        data = memoryview(self._pread(self._stop(stop - 1) - start, start))
+        """Samples [first, stop) of the shard, all of them in this block."""
+        spans = [self._span(number) for number in range(first - self._first, stop - self._first)]
+        origin = spans[0][0]
+        data = memoryview(self._pread(spans[-1][1] - origin, origin))
         samples = []
-        for number in range(first, stop):
-            content = data[self._start(number) - start : self._stop(number) - start]
-            samples.append(parse_sample(self._sound(number, content), f"{self._path}, sample {number}"))
+        for number, (start, end) in enumerate(spans, start=first):
+            content = self._sound(number, data[start - origin : end - origin])
+            samples.append(parse_sample(content, f"{self._path}, sample {number}"))
         return samples
 
     def _sound(self, number: int, content: memoryview) -> memoryview:
         """`content` if its checksum is the index's; else what another read finds, past the system's copy in memory."""
-        start, stop = self._start(number), self._stop(number)
-        stated = int(self._crc32[number])
+        start, stop = self._span(number - self._first)
+        stated = int(self._crc32[number - self._first])
         for _ in range(REREADS):
             if zlib.crc32(content) == stated:
                 return content

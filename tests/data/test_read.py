@@ -50,11 +50,11 @@ def test_any_order_and_any_grouping_give_the_same_samples(train_set):
     assert plain(read_all(train_set, numbers)) == [whole[i] for i in numbers]
 
 
-def test_neighbours_are_one_read(train_set, monkeypatch):
+def test_neighbours_in_a_block_are_one_read(train_set, monkeypatch):
     calls = []
     monkeypatch.setattr(read.os, "pread", lambda *given, real=os.pread: calls.append(given) or real(*given))
     read_all(train_set)
-    assert len(calls) == len(train_set.shards)
+    assert len(calls) == sum(-(-shard.samples // 7) for shard in train_set.shards)
 
 
 def test_more_shards_than_may_be_open(train_set, monkeypatch):
@@ -76,7 +76,8 @@ def test_more_shards_than_may_be_open(train_set, monkeypatch):
         thread.join()
     for part in range(4):
         assert found[part] == [whole[n] for n in numbers[part::4]]
-    assert (len(reader._files), len(reader._kept)) <= (2, 2)
+    assert len(reader._files) <= 2
+    assert len(reader._blocks) <= 2
 
 
 STRANGE = {
@@ -151,6 +152,24 @@ def test_every_flipped_bit_in_a_sample_is_noticed(copied):
             read_all(dataset, numbers)
 
 
+def test_indexes_are_kept_up_to_a_bound_and_of_the_blocks_in_use_the_rows(train_set, monkeypatch):
+    """With room for no whole index each block reads its index once, whatever comes between its samples."""
+    whole = plain(read_all(train_set))
+    loaded = []
+    monkeypatch.setattr(
+        read, "load_index", lambda *given, real=read.load_index: loaded.append(given) or real(*given)
+    )
+    monkeypatch.setattr(read, "INDEX_BYTES", 1)
+    reader = LocalReader(train_set, block_samples=7)
+    numbers = np.random.default_rng(2).permutation(len(train_set))
+    for n in numbers:
+        assert plain(reader.read(*train_set.locate(np.array([n])))) == [whole[n]]
+    blocks = sum(-(-shard.samples // 7) for shard in train_set.shards)
+    assert len(reader._blocks) == blocks >= len(loaded) > len(train_set.shards)
+    assert len(reader._indexes) == 1
+    reader.close()
+
+
 @pytest.mark.parametrize("failures", [1, read.REREADS])
 def test_a_bit_that_flips_on_the_way_is_read_again(train_set, monkeypatch, caplog, failures):
     """What a bad cable does: the file is sound, and some reads of it are not."""
@@ -173,19 +192,20 @@ def test_a_bit_that_flips_on_the_way_is_read_again(train_set, monkeypatch, caplo
 def test_a_read_again_goes_past_the_page_cache(copied):
     """A range that ends inside of pages is dropped whole, so that the next read comes from the disk."""
     folder = copied()
-    tar = Path(open_dataset(str(folder)).paths[0])
+    dataset = open_dataset(str(folder))
+    tar = Path(dataset.paths[0])
     kind = subprocess.run(["stat", "-f", "-c", "%T", str(tar)], capture_output=True, text=True).stdout
     if kind.strip() in ("tmpfs", "ramfs"):
         pytest.skip("a file system in memory has no copy to drop")
     descriptor = os.open(tar, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-    shard = read._KeptShard(tar, open_dataset(str(folder)).shards[0], read._Files(1))
-    shard.read(0, 10)
+    block = LocalReader(dataset, block_samples=10)._open_block(read._Key(0, 0))
+    block.read(0, 10)
     assert cached_pages(tar) > 0
-    shard._drop_cached(0, tar.stat().st_size - 1)
+    block._drop_cached(0, tar.stat().st_size - 1)
     assert cached_pages(tar) == 0
-    assert len(shard.read(0, 10)) == 10
+    assert len(block.read(0, 10)) == 10
 
 
 def cached_pages(path: Path) -> int:
