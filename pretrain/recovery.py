@@ -117,12 +117,13 @@ def go_back(
         )
     found.close()
     step = found.manifest.step
-    start, stop = Skipped.of(found.manifest.data).batch(step), trouble.skipped.batch(trouble.last - 1) + 1
+    skipped = Skipped.of(found.manifest.data)
+    start, stop = skipped.batch(step), trouble.skipped.batch(trouble.last - 1) + 1
     with ranks.together():
         if tracker is not None:
             remove_later(directory, step)
             tracker.go_back(step)
-            _amend(directory, found.folder, Skipped.of(found.manifest.data).with_window(start, stop), trouble)
+            _amend(directory, found.folder, skipped.up_to(stop), trouble)
             run_dir.write_status(
                 directory, "running", step, attempt=tracker.attempt, rollbacks=trouble.rollbacks + 1
             )
@@ -139,5 +140,5 @@ def _amend(directory: Path, folder: Path, skipped: Skipped, trouble: TroubleErro
     best = progress.get("best")
     if best and layout.folder_of(directory, int(best["step"])) not in layout.checkpoints(directory):
         progress["best"] = {}  # a later best took its place, and went with the others
-    data = dict(manifest.data) | {"skipped": [list(window) for window in skipped.windows]}
+    data = dict(manifest.data) | {"skipped": skipped.batches}
     layout.write_manifest(folder, replace(manifest, data=data, progress=progress))

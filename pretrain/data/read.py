@@ -66,7 +66,9 @@ class LocalReader:
         """
         found: list[Sample] = []
         blocks = samples // self._block_samples
-        follows = (shards[1:] == shards[:-1]) & (samples[1:] == samples[:-1] + 1) & (blocks[1:] == blocks[:-1])
+        follows = (
+            (shards[1:] == shards[:-1]) & (samples[1:] == samples[:-1] + 1) & (blocks[1:] == blocks[:-1])
+        )
         edges = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(shards)]
         for start, stop in pairwise(edges):
             block = self._blocks.get(_Key(int(shards[start]), int(blocks[start])))

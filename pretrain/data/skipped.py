@@ -1,43 +1,45 @@
-"""Batches that a run passes over: which batch a step takes is the step and these windows, and nothing else."""
+"""Batches that a run has passed over: which batch a step takes, and what had come before.
+
+A run that goes back (`recovery`) passes over batches from the very one that its next step would have taken. So from there on each
+step takes a batch that is later by one number, and of what came before the checkpoint's counts are enough: no list of
+windows is kept, and the data state does not grow.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
-
-Window = tuple[int, int]
-"""Batches [start, stop) of the order."""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """Windows that no step takes a batch of; in order, no two of them touch. Part of the data state."""
+    """What a run that begins at `step` (0 is the first) has to know of the way there. Part of the data state.
 
-    windows: tuple[Window, ...] = ()
+    batches: that no step took; given: samples of each source that came, none for none at all; distinct: see
+    `state.distinct_seen`.
+    """
+
+    batches: int = 0
+    step: int = 0
+    given: tuple[int, ...] = ()
+    distinct: int = 0
 
     @classmethod
     def of(cls, data_state: Mapping[str, Any]) -> Self:
-        """What `data_state` says; a state from before there was such a thing has none."""
-        return cls(tuple((start, stop) for start, stop in data_state.get("skipped", ())))
+        """What `data_state` says."""
+        return cls(
+            data_state["skipped"],
+            data_state["samples_seen"] // data_state["global_batch"],
+            tuple(data_state["sources"].values()),
+            data_state["distinct"],
+        )
 
     def batch(self, step: int) -> int:
-        """The batch that `step` (0 is the first) takes."""
-        batch = step
-        for start, stop in self.windows:
-            if batch < start:
-                break
-            batch += stop - start
-        return batch
+        """The batch that a step takes, this run's first or a later one."""
+        return step + self.batches
 
-    def before(self, batch: int) -> tuple[Window, ...]:
-        """The windows that lie before a batch."""
-        return tuple(window for window in self.windows if window[1] <= batch)
-
-    def with_window(self, start: int, stop: int) -> "Skipped":
-        """These and another one, which takes in those that it covers or touches."""
-        apart = [window for window in self.windows if window[1] < start or window[0] > stop]
-        touched = [window for window in self.windows if window not in apart]
-        joined = (min([start, *(w[0] for w in touched)]), max([stop, *(w[1] for w in touched)]))
-        return Skipped(tuple(sorted([*apart, joined])))
+    def up_to(self, batch: int) -> "Skipped":
+        """The same with more passed over: the first step takes `batch`."""
+        return replace(self, batches=batch - self.step)
 
 
 NOTHING = Skipped()

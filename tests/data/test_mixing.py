@@ -12,6 +12,7 @@ from made import sample_members, write_tar
 from test_order import RAGGED, naive
 
 from pretrain.config import Config, Plan, TrainSourceConfig, resolve
+from pretrain.config.data import MAX_SOURCES
 from pretrain.config.plan import DataFacts, Hardware, SourceShare, slice_bounds
 from pretrain.config.ratios import whole_ratios
 from pretrain.data import Dataset, open_training
@@ -19,7 +20,7 @@ from pretrain.data.mixing import MIN_BLOCK, Mix
 from pretrain.data.order import Order, Rows, Share
 from pretrain.data.scan import index_folder
 from pretrain.data.skipped import Skipped
-from pretrain.data.state import check_continues, data_state, source_epochs
+from pretrain.data.state import check_continues, data_state, distinct_seen, source_epochs
 from pretrain.errors import CheckpointError, DataError
 
 RATIOS = st.lists(st.integers(1, 40), min_size=1, max_size=5)
@@ -222,23 +223,57 @@ def test_the_state_counts_what_each_source_gave():
     made = plan(augment={"repeats": 3})
     state = data_state(250, made, 5, Skipped())
     assert state["samples_seen"] == 12_000
-    assert [name for name, _, _ in state["sources"]] == ["s0", "s1"]
-    given = np.array([samples for _, _, samples in state["sources"]])
+    assert list(state["sources"]) == ["s0 3", "s1 1"]
+    given = np.array(list(state["sources"].values()))
     assert given.sum() == 4000
     assert abs(given[0] - 3000) < 64
     passes = source_epochs(250, made, 5, Skipped())
     assert passes == {"s0": given[0] / 700, "s1": given[1] / 300}
 
 
-def test_the_state_is_small_and_the_same_on_every_rank_and_world():
-    shares = tuple(SourceShare(f"{'n' * 17}-{i:02d}", 10**12, 4095) for i in range(16))
-    states = []
-    skipped = Skipped(tuple((first, first + 9) for first in range(10**11, 10**11 + 800, 100)))
-    for world in (1, 5, 48):
-        made = replace(plan(world=world), sources=shares, train_samples=16 * 10**12, block_samples=10**6)
-        states.append(json.dumps(data_state(10**11, made, 2**32 - 1, skipped)))
-    assert len(states[0]) < 1280  # of the most and longest of everything; three sources: half of it
-    assert len(set(states)) == 1
+def test_the_state_is_below_1_kb_with_the_most_and_longest_of_everything():
+    shares = tuple(SourceShare(f"{'n' * 17}-{i:02d}", 10**12, 4096) for i in range(MAX_SOURCES))
+    worst = replace(
+        plan(), sources=shares, train_samples=16 * 10**12, train_digest="d" * 64, global_batch=2**20, repeats=64,
+        lanes=2**14, block_samples=10**6, window_blocks=10**4,
+    )  # fmt: skip
+    skipped = Skipped(10**9, 0, (10**12,) * MAX_SOURCES, 10**13)
+    state = data_state(10**9, worst, 2**32 - 1, skipped)
+    assert min(state["sources"].values()) > 10**12
+    assert state["distinct"] == 10**13
+    assert len(json.dumps(state)) < 1024
+
+
+def test_the_state_is_the_same_on_every_rank_and_world():
+    assert len({json.dumps(data_state(99, plan(world=world), 3, Skipped())) for world in (1, 5, 48)}) == 1
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_what_the_state_counts_is_what_came_also_past_batches_and_over_restarts(repeats):
+    """Against the batches themselves: a run that goes back and on past some batches twice, in its first epochs and later."""
+    made = plan(DataFacts(240, 2, 240 * 100, "d", source_samples=(180, 60)), augment={"repeats": repeats})
+    sizes = [180, 60]
+    mix = Mix([3, 1], 5)
+    given, seen, first = np.zeros(2, int), set(), set()
+    skipped, batch = Skipped(), 0
+    for step in range(30):
+        if step in (2, 3, 17):  # goes back to this step's checkpoint, and on past two batches or five
+            saved = json.loads(json.dumps(data_state(step, made, 5, skipped)))
+            batch += 5 if step == 3 else 2
+            skipped = Skipped.of(saved).up_to(batch)
+        assert skipped.batch(step) == batch
+        for source, number in zip(
+            *mix.deal(batch * made.distinct_samples, made.distinct_samples), strict=True
+        ):
+            given[source] += 1
+            seen.add((source, number % sizes[source]))  # of an order that is the same in each epoch
+            if number < sizes[source]:
+                first.add((source, number))
+        batch += 1
+        state = data_state(step + 1, made, 5, skipped)
+        assert list(state["sources"].values()) == given.tolist()
+        assert state["distinct"] == distinct_seen(step + 1, made, 5, skipped) == len(first) <= len(seen)
+    assert len(first) < len(seen)  # what was passed over came later
 
 
 def a_dataset(digest: str = "d" * 64) -> Dataset:
@@ -270,6 +305,8 @@ def test_going_on_with_another_mixture_data_set_or_order_is_refused():
             check_continues(before, changed, seed, a_dataset(), "step_10")
     with pytest.raises(CheckpointError, match="order 1 -> 2"):
         check_continues(before | {"order": 1}, made, 1, a_dataset(), "step_10")
+    with pytest.raises(CheckpointError, match="written by an earlier release"):
+        check_continues(before | {"sources": [["s0", 3, 360]]}, made, 1, a_dataset(), "step_10")
 
 
 def mix(*patterns: str) -> TrainSourceConfig:

@@ -152,7 +152,7 @@ def test_fewer_or_more_ranks_go_on_with_the_same_samples_and_losses(digits: Path
         assert got[key] == pytest.approx(value, abs=1e-5), key
     state = read_manifest(open_weights(Path(moved.run.dir)).path).data
     assert state["samples_seen"] == 22 * TOTAL
-    (_, _, first), (_, _, second) = state["sources"]
+    first, second = state["sources"].values()
     assert first + second == 11 * TOTAL
     shards = open_training(moved.data.train).source_samples
     assert got["data/epoch/a", TOTAL] == pytest.approx(first / shards[0])

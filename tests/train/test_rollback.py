@@ -60,7 +60,7 @@ def test_a_rolled_back_run_is_the_run_that_never_saw_those_batches(digits: Path,
     folder = layout.folder_of(tmp_path / "by-hand", ends[0][2][1])
     manifest = read_manifest(folder)
     assert manifest.step == 6
-    layout.write_manifest(folder, replace(manifest, data=dict(manifest.data) | {"skipped": [[6, 8]]}))
+    layout.write_manifest(folder, replace(manifest, data=dict(manifest.data) | {"skipped": 2}))
     on_ranks(2, faulty, [(parts, "", 10**9), (by_hand, "", 10**9)])
     on_ranks(3, faulty, [(moved, "", 10**9)])
     expected, values = final(tmp_path / "whole-1"), journal(tmp_path / "whole-1")
@@ -74,8 +74,8 @@ def test_a_rolled_back_run_is_the_run_that_never_saw_those_batches(digits: Path,
             assert got[key] == pytest.approx(value, abs=tolerance), (run, key)
     for run in ("whole-1", "by-hand", "parts", "moved"):
         state = read_manifest(open_weights(tmp_path / run).path).data
-        assert state["skipped"] == [[6, 8]]
-        assert state["samples_seen"] == state["sources"][0][2] == 22 * TOTAL
+        assert state["skipped"] == 2
+        assert state["samples_seen"] == state["sources"]["train 1"] == 22 * TOTAL
 
 
 def test_the_journal_and_the_status_tell_of_a_rollback(digits: Path, tmp_path: Path) -> None:
@@ -176,10 +176,9 @@ def test_a_loss_far_above_its_recent_mean_is_bad_where_that_is_asked_for(
     assert steps.in_a_row == len(lines) == bad
 
 
-def test_windows_join_and_steps_take_the_batches_between_them() -> None:
-    skipped = Skipped().with_window(4, 6).with_window(9, 10)
-    assert [skipped.batch(step) for step in range(8)] == [0, 1, 2, 3, 6, 7, 8, 10]
-    assert skipped.with_window(3, 6).windows == ((3, 6), (9, 10))
-    assert skipped.with_window(6, 9).windows == ((4, 10),)
-    assert Skipped.of({"skipped": [[4, 6]]}) == Skipped(((4, 6),))
-    assert Skipped.of({}) == Skipped()
+def test_a_run_that_went_back_twice_takes_later_batches_by_all_that_it_passed_over() -> None:
+    skipped = Skipped(step=4).up_to(6)
+    assert [skipped.batch(step) for step in (4, 5, 6)] == [6, 7, 8]
+    again = Skipped(skipped.batches, step=7).up_to(10)
+    assert [again.batch(step) for step in (7, 8)] == [10, 11]
+    assert again.batches == 3
