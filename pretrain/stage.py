@@ -148,13 +148,14 @@ class _Attempt:
         """Train from `start` on, with loaders of their own; raises `TroubleError` where the run has to go back."""
         config, plan, ranks, seed = self.config, self.plan, self.ranks, self.config.run.seed
         with ExitStack() as stack:
-            batches = stack.enter_context(
-                TrainLoader(self.data.train, config.data, config.model, plan, seed=seed, rank=ranks.rank)
-            )
-            validation = None
-            if self.data.val is not None:
-                loader = EvalLoader(self.data.val, config.data, config.model, plan, rank=ranks.rank)
-                validation = stack.enter_context(loader).__iter__
+            with ranks.together():  # a disk of one node may have no room for its cache
+                batches = stack.enter_context(
+                    TrainLoader(self.data.train, config.data, config.model, plan, seed=seed, rank=ranks.rank)
+                )
+                validation = None
+                if self.data.val is not None:
+                    loader = EvalLoader(self.data.val, config.data, config.model, plan, rank=ranks.rank)
+                    validation = stack.enter_context(loader).__iter__
             figures = None
             if config.train.figures_every_steps is not None and validation is not None:
                 images = _first_images(config, ranks)

@@ -3,21 +3,26 @@
     FOLDER/usage          bytes taken, in 8 bytes; also the lock of whoever changes them
     FOLDER/ab/abcd...     a piece, by its key; modified = last used; locked shared by whoever reads it
     FOLDER/ab/abcd....new a piece that is being fetched; locked by whoever fetches it
+    FOLDER/claims/...     of each living reader, locked by it: bytes that it may hold at a time, and its bound, 8 bytes each
 
 The first process that wants a piece locks its `.new` file, fetches, and renames it; the others wait for that lock and
 then find the piece. The kernel drops the locks of a process that dies, so none is ever stale, and what it left is
 written anew by the next. Nothing is synced to the disk: after a power cut a piece may hold anything, and so it may
 after a bad sector; the reader checks every sample of it against the index at every use, and fetches it again if it
-must. Pieces that were not used for longest make room for new ones, except those that somebody reads.
+must. Pieces that were not used for longest make room for new ones, except those that somebody reads. So that there is
+always something to make room, readers of all processes and runs claim what they may hold before they read, and one whose
+claim does not fit beside the others' is refused.
 """
 
 import fcntl
 import os
 import struct
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 from pretrain.errors import DataError
 from pretrain.logs import log
@@ -26,6 +31,7 @@ LOW_WATER = 0.9
 """Share of the bound that is left after pieces made room: one listing of the folder serves many new pieces."""
 _POLL_SECONDS = 0.02
 _USAGE = struct.Struct("<Q")
+_CLAIM = struct.Struct("<QQ")
 
 
 class Piece:
@@ -44,15 +50,28 @@ class Piece:
         return b""
 
 
-class NodeCache:
-    """Pieces by key, each a hexadecimal digest of what it is. Thread-safe, and safe between processes."""
+class _Claim(NamedTuple):
+    """A reader's: bytes that it may hold at a time; bytes that it takes the cache's bound to be."""
 
-    def __init__(self, folder: Path, limit: int, patience_seconds: float) -> None:
-        """limit: bytes on disk; patience_seconds: how long another process may take to fetch a piece."""
+    held: int
+    limit: int
+
+
+class NodeCache:
+    """Pieces by key, each a hexadecimal digest of what it is. Thread-safe, and safe between processes; close it."""
+
+    def __init__(self, folder: Path, limit: int, patience_seconds: float, held: int = 0) -> None:
+        """limit: bytes on disk; patience_seconds: how long another process may take to fetch a piece; held: bytes of
+        pieces that the caller may hold at a time.
+
+        Raises `DataError` where the folder cannot be written, or where what others hold leaves no room for that.
+        """
         self._folder, self._limit, self._patience = folder, limit, patience_seconds
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            (folder / "claims").mkdir(exist_ok=True)
             os.close(os.open(folder / "usage", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            self._claimed = self._claim(held)
         except OSError as error:
             raise DataError(
                 f"data.cache_dir {folder}: cannot be written: {error.strerror}\n"
@@ -92,6 +111,51 @@ class NodeCache:
                 self._add(-size)
         except OSError as error:
             raise self._failed(error) from None
+
+    def close(self) -> None:
+        """Give the claim up. Pieces that are still held stay readable."""
+        Path(self._claimed.name).unlink(missing_ok=True)
+        self._claimed.close()
+
+    def _claim(self, held: int) -> BinaryIO:
+        """Write down what this reader may hold: in a file, locked for as long as it is open."""
+        with self._alone():
+            others = self._claims()
+            if limits := {other.limit for other in others} - {self._limit}:
+                raise DataError(
+                    f"data.cache_dir {self._folder}: others use it with a bound of {limits.pop():,} bytes, this run with "
+                    f"{self._limit:,}\n  Give all of them the same data.cache_gib, or this run a folder of its own."
+                )
+            taken = sum(other.held for other in others)
+            if taken + held > self._limit:
+                raise DataError(
+                    f"data.cache_dir {self._folder}: {len(others)} others may hold {taken:,} of its {self._limit:,} bytes at "
+                    f"a time, and {held:,} are needed here\n"
+                    "  Raise data.cache_gib in all runs that share it, wait for the others, or name a folder of its own."
+                )
+            file = (self._folder / "claims" / uuid.uuid4().hex).open("xb", buffering=0)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(_CLAIM.pack(held, self._limit))
+        return file
+
+    def _claims(self) -> list[_Claim]:
+        """Of all living readers on this node; those of dead ones, whose locks are gone, are removed."""
+        found = []
+        for path in (self._folder / "claims").iterdir():
+            with suppress(FileNotFoundError), path.open("rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+                except BlockingIOError:
+                    found.append(_Claim(*_CLAIM.unpack(file.read())))
+        return found
+
+    @contextmanager
+    def _alone(self) -> Iterator[BinaryIO]:
+        """The file of usage, for one process and thread at a time."""
+        with (self._folder / "usage").open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
 
     def _failed(self, error: OSError) -> DataError:
         return DataError(f"data.cache_dir {self._folder}: {error.strerror}")
@@ -158,8 +222,7 @@ class NodeCache:
 
     def _add(self, size: int, descriptor: int | None = None) -> None:
         """Count bytes before they are written to `descriptor`; where that passes the bound, make room first."""
-        with (self._folder / "usage").open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with self._alone() as file:
             usage = (_USAGE.unpack(content)[0] if len(content := file.read()) == _USAGE.size else 0) + size
             if usage > self._limit:
                 usage = self._evict(max(0, round(self._limit * LOW_WATER) - size)) + size
@@ -176,12 +239,10 @@ class NodeCache:
     def _evict(self, target: int) -> int:
         """Remove what was not used for longest until `target` bytes are left, or nothing is free; returns the bytes."""
         found = []
-        for folder in self._folder.iterdir():
-            if folder.is_dir():
-                for entry in os.scandir(folder):
-                    with suppress(FileNotFoundError):
-                        stat = entry.stat()
-                        found.append((stat.st_mtime_ns, stat.st_size, Path(entry.path)))
+        for path in self._folder.glob("??/*"):
+            with suppress(FileNotFoundError):
+                stat = path.stat()
+                found.append((stat.st_mtime_ns, stat.st_size, path))
         usage, before = sum(size for _, size, _ in found), len(found)
         for _, size, path in sorted(found):
             if usage <= target:

@@ -92,11 +92,10 @@ class RemoteReader:
         self._room, limit = held.ahead, held.in_use + held.ahead
         self._cache: NodeCache | None = None
         if data.cache_dir is not None:
-            self._cache = NodeCache(
-                Path(data.cache_dir), round((data.cache_gib or 0) * _GIB), 2 * data.read_timeout_seconds
-            )
             # What is held is a descriptor: where they are few, a block is opened again; the disk has the bytes.
             limit = min(limit, held.block * descriptors_to_use())
+            bound = round((data.cache_gib or 0) * _GIB)
+            self._cache = NodeCache(Path(data.cache_dir), bound, 2 * data.read_timeout_seconds, limit)
         self._blocks: Blocks[Key, _Held] = Blocks(self._fetch, self._size, limit, FETCHES)
 
     def read(self, shards: IntArray, samples: IntArray) -> list[Sample]:
@@ -134,6 +133,8 @@ class RemoteReader:
         self._stores.close()
         self._blocks.close()
         self._local.close()
+        if self._cache is not None:
+            self._cache.close()
 
     @property
     def requests(self) -> int:

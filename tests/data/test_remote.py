@@ -1,6 +1,8 @@
 """Data sets in a store: the samples of the local ones, about one request a block, one download a node."""
 
+import fcntl
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +19,12 @@ import store_server as faults
 import tiny
 import torch
 from made import setting
+from ranks import launch
 from store_server import StoreServer, serving
+from test_resume import config
 
 from launch.preflight import _see_shards
-from pretrain.config import DataConfig
+from pretrain.config import DataConfig, dump
 from pretrain.config.idle import idle_settings
 from pretrain.data import Dataset, open_dataset
 from pretrain.data.blocks import Blocks
@@ -29,7 +34,7 @@ from pretrain.data.order import Order
 from pretrain.data.read import LocalReader
 from pretrain.data.reader import announced, blocks_in_use, open_reader, reading, shares
 from pretrain.data.remote import RemoteReader
-from pretrain.errors import DataError
+from pretrain.errors import DataError, PeerError
 
 BLOCK = 7
 """Samples of a block in these tests."""
@@ -365,40 +370,72 @@ def test_what_is_held_and_read_is_told(remote, train_set):
     assert "from local files, up to" in reading(train_set, made.config.data, made.plan)
 
 
-@pytest.mark.parametrize("shared", [True, False])
 def test_the_bound_of_a_cache_holds_for_training_and_evaluation_of_all_ranks(
-    server, remote, whole, tmp_path, monkeypatch, shared
+    server, remote, whole, tmp_path, monkeypatch
 ):
-    """Two ranks with two readers each hold all that they are allowed to; each by itself would ask for too much."""
+    """Two ranks with two readers each hold all that they are allowed to."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     block = remote.num_bytes * BLOCK // len(remote)
     bound = 16 * block
     urls = {"train": {"shards": server.url}, "val": {"shards": server.url}}
     settings = data_config(**urls, cache_dir=str(tmp_path / "cache"), cache_gib=bound / 2**30)
-    train, evaluation = shares(settings) if shared else (1.0, 1.0)
+    train, evaluation = shares(settings)
     numbers = np.random.default_rng(3).permutation(len(remote))
     low, high = numbers[numbers < len(remote) // 2], numbers[numbers >= len(remote) // 2]
-    readers = []
-    for share, samples, parts in ((train, BLOCK, (low, high)), (evaluation, 2, (high, low))):
-        in_use = int(share * bound * 0.95 / 2 / (block / BLOCK * samples))
-        readers += [(open_reader(remote, settings, samples, in_use, share), part) for part in parts]
-
-    def read_all() -> None:
+    with ExitStack() as stack:
+        readers = []
+        for share, samples, parts in ((train, BLOCK, (low, high)), (evaluation, 2, (high, low))):
+            in_use = int(share * bound * 0.95 / 2 / (block / BLOCK * samples))
+            for part in parts:
+                reader = open_reader(remote, settings, samples, in_use, share)
+                stack.callback(reader.close)
+                readers.append((reader, part))
         for start in range(0, len(low), 5):
             for reader, part in readers:
                 mine = part[start : start + 5]
                 assert plain(reader.read(*remote.locate(mine))) == [whole[n] for n in mine]
                 assert taken(tmp_path / "cache") <= bound
 
-    try:
-        if shared:
-            read_all()
-        else:
-            with pytest.raises(DataError, match="full of what is being read now"):
-                read_all()
-    finally:
-        for reader, _ in readers:
-            reader.close()
+
+def test_a_reader_for_which_others_leave_no_room_is_refused_before_it_reads(server, remote, whole, tmp_path):
+    """As a second run on the node, or a rank that the launcher did not count."""
+    block = remote.num_bytes * BLOCK // len(remote)
+    settings = {"cache_dir": str(tmp_path / "cache"), "cache_gib": 16 * block / 2**30}
+    first = open_reader(remote, data_config(**settings), BLOCK, 8)
+    before = len(server.requests)
+    with pytest.raises(
+        DataError,
+        match=r"1 others may hold [\d,]+ of its [\d,]+ bytes at a time, and [\d,]+ are needed here\n  Raise data\.cache_gib",
+    ):
+        open_reader(remote, data_config(**settings), BLOCK, 8)
+    with pytest.raises(
+        DataError, match=r"others use it with a bound of [\d,]+ bytes(.|\n)*the same data\.cache_gib"
+    ):
+        open_reader(remote, data_config(**settings | {"cache_gib": 1.0}), BLOCK, 1)
+    assert len(server.requests) == before
+    first.close()
+    first.close()
+    assert read(remote, np.arange(20), **settings | {"cache_gib": 1.0}) == whole[:20]
+    assert list((tmp_path / "cache" / "claims").iterdir()) == []
+
+
+def test_a_rank_whose_node_has_no_room_left_stops_all_of_them_with_its_reason(
+    server, remote, digits, tmp_path
+):
+    """Somebody else holds a third of the cache: the first of two ranks has room, the second has not."""
+    bound = 3 * remote.num_bytes
+    cached = {"cache_dir": str(tmp_path / "cache"), "cache_gib": bound / 2**30}
+    cfg = config(
+        tmp_path / "run", digits, data={"train": {"shards": server.url}, "read_ahead_mib": 0.0} | cached
+    )
+    (tmp_path / "config.yaml").write_text(dump(cfg))
+    other = NodeCache(tmp_path / "cache", round(bound), 1.0, round(1.5 * remote.num_bytes))
+    ends = launch(2, tmp_path, str(tmp_path / "config.yaml"))
+    other.close()
+    assert {code for code, _ in ends} == {DataError.exit_code, PeerError.exit_code}
+    assert "bytes at a time, and" in ends[0][1]
+    assert "Raise data.cache_gib in all runs that share it" in ends[0][1]
+    assert "Traceback" not in ends[0][1]
 
 
 def test_shares_are_those_of_the_readers_that_are_there(remote):
@@ -411,7 +448,7 @@ def test_shares_are_those_of_the_readers_that_are_there(remote):
 PROCESS = """
 import sys
 import numpy as np
-from pretrain.config import DataConfig
+from pretrain.config import DataConfig, dump
 from pretrain.config.idle import idle_settings
 from pretrain.data import open_dataset
 from pretrain.data.remote import RemoteReader
@@ -482,11 +519,70 @@ def used(folder: Path) -> int:
 
 def taken(folder: Path) -> int:
     """What is there."""
-    return sum(path.stat().st_size for path in folder.glob("??/*"))
+    files: dict[int, int] = {}
+    for path in folder.glob("??/*"):
+        with suppress(FileNotFoundError):  # renamed since it was listed
+            files[path.stat().st_ino] = path.stat().st_size
+    return sum(files.values())
 
 
 def key(number: int) -> str:
     return f"{number:064x}"[::-1]
+
+
+SHARER = """
+import random, sys
+from pathlib import Path
+from pretrain.data.cache import NodeCache
+folder, limit, held, size, seed = Path(sys.argv[1]), *map(int, sys.argv[2:])
+cache = NodeCache(folder, limit, 60.0, held)
+print("ready", flush=True)
+sys.stdin.readline()
+draws, holding = random.Random(seed), []
+for _ in range(200):
+    number = draws.randrange(60)
+    piece = cache.piece(f"{number:064x}"[::-1], size, lambda: bytes([number]) * size)
+    assert piece.read(0, size) == bytes([number]) * size
+    holding = [*holding, piece][-(held // size) :]
+print("done", flush=True)
+sys.stdin.readline()
+"""
+
+
+def share_cache(folder: Path, limit: int, held: int, seed: int) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", SHARER, str(folder), str(limit), str(held), "1000", str(seed)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+
+
+def test_four_independent_processes_keep_one_bound_while_each_holds_all_it_claimed(tmp_path):
+    """A fifth is refused while they live; killed ones leave their room to others."""
+    processes = [share_cache(tmp_path, 40_000, 9000, seed) for seed in range(4)]
+    try:
+        for process in processes:
+            assert process.stdout.readline() == "ready\n"
+        _, words = share_cache(tmp_path, 40_000, 9000, 4).communicate()
+        assert "4 others may hold 36,000 of its 40,000 bytes at a time, and 9,000 are needed here" in words
+        for process in processes:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        most = 0
+        while not all(select.select([process.stdout], [], [], 0)[0] for process in processes):
+            with (tmp_path / "usage").open() as file:
+                fcntl.flock(
+                    file, fcntl.LOCK_EX
+                )  # whoever adds or evicts waits: what is counted is there at one time
+                most = max(most, taken(tmp_path))
+            time.sleep(0.005)
+        assert [process.stdout.readline() for process in processes] == ["done\n"] * 4
+        assert 30_000 < most <= 40_000
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    NodeCache(tmp_path, 40_000, 1.0, 40_000).close()
 
 
 def test_the_cache_stays_under_its_bound_and_keeps_what_was_used_last(tmp_path):
