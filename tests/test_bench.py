@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from pretrain.bench import contenders
 from pretrain.bench.contenders import (
     CONTENDERS,
     LOCK,
@@ -147,6 +148,32 @@ def test_who_needs_more_cores_than_there_are_or_what_is_not_installed_stays_out(
     assert not [name for name in chosen(False, (), 1, 2) if CONTENDERS[name].target.startswith("peers:")]
     monkeypatch.setitem(CONTENDERS, OURS, CONTENDERS[OURS]._replace(needs=("no_such_package.inside",)))
     assert OURS not in chosen(True, (), 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((True, (PACED,), 1, 2, False), "--only 'paced' cannot take part: it needs --pace"),
+        ((True, (OURS,), 1, 2, True), "--pace measures the contender 'paced', which --only leaves out: add --only paced"),
+        ((True, (), 2, 3, True), "--pace needs 4 cores, 2 for data and as many for the step loop; there are 3"),
+        ((True, (OURS, TWICE), 2, 3, False), f"--only '{TWICE}' cannot take part: it needs 4 cores of the 3 that there are"),
+        ((False, ("timm's reader",), 1, 1, False), "cannot take part: it needs --peers"),
+        ((True, ("DALI",), 1, 1, False), "--only 'DALI' cannot take part: it needs nvidia.dali installed"),
+    ],
+)  # fmt: skip
+def test_who_was_asked_for_and_cannot_take_part_is_told_what_is_missing(monkeypatch, arguments, words):
+    monkeypatch.setattr(contenders, "_is_installed", lambda package: package != "nvidia.dali")
+    *given, paced = arguments
+    with pytest.raises(ConfigError) as refused:
+        chosen(*given, paced=paced)
+    assert words in str(refused.value)
+
+
+def test_a_pace_without_room_for_its_loop_ends_with_an_error_and_no_traceback(shards):
+    done = bench(shards, "--pace", "100", "--cores", str(len(os.sched_getaffinity(0))))
+    assert done.returncode == ConfigError.exit_code
+    assert "choose fewer --cores" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_tables_pair_rounds_and_say_how_many_cores_feed_a_rate(capsys):

@@ -73,32 +73,23 @@ def chosen(peers: bool, only: tuple[str, ...], cores: int, usable: int, *, paced
         )
     if paced:
         _require_room(only, cores, usable)
-    names = [
-        name
-        for name, contender in CONTENDERS.items()
-        if (name in only or not only)
-        and (peers or not contender.target.startswith("peers:"))
-        and (paced or name != PACED)
-        and cores * contender.times <= usable
-        and all(_is_installed(package) for package in contender.needs)
-    ]
-    left_out = [name for name in only if name not in names]
+    missing = {name: _missing(name, peers, cores, usable, paced=paced) for name in CONTENDERS}
+    left_out = [name for name in only if missing[name]]
     if left_out:
         raise ConfigError(
-            f"--only {left_out[0]!r} cannot take part: it needs "
-            + (
-                "--pace"
-                if left_out[0] == PACED and not paced
-                else f"{cores * CONTENDERS[left_out[0]].times} cores"
-            )
-            + "".join(f", {package} installed" for package in CONTENDERS[left_out[0]].needs)
-            + (
-                ""
-                if peers or not CONTENDERS[left_out[0]].target.startswith("peers:")
-                else ", and no --no-peers"
-            )
+            f"--only {left_out[0]!r} cannot take part: it needs {', '.join(missing[left_out[0]])}"
         )
-    return names
+    return [name for name in CONTENDERS if not missing[name] and (name in only or not only)]
+
+
+def _missing(name: str, peers: bool, cores: int, usable: int, *, paced: bool) -> list[str]:
+    """What keeps a contender out; nothing where it can take part."""
+    contender = CONTENDERS[name]
+    missing = ["--pace"] if name == PACED and not paced else []
+    if cores * contender.times > usable:
+        missing.append(f"{cores * contender.times} cores of the {usable} that there are")
+    missing += [f"{package} installed" for package in contender.needs if not _is_installed(package)]
+    return missing + (["--peers"] if contender.target.startswith("peers:") and not peers else [])
 
 
 def _require_room(only: tuple[str, ...], cores: int, usable: int) -> None:

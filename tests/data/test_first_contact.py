@@ -3,6 +3,7 @@
 import tarfile
 import threading
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,6 +125,16 @@ def test_what_is_indexed_stays_so_when_another_tar_stops_it(server, train_set):
     with pytest.raises(DataError, match="train-000004"):
         open_dataset(f"{server.url}/{PATTERN}")
     assert tar_bytes(server) <= len(whole)
+
+
+def test_a_folder_that_cannot_be_locked_is_named_with_what_to_do(copied):
+    folder = strip(copied())
+    (folder / ".index.lock").mkdir()
+    with pytest.raises(
+        DataError, match=r"train: cannot be locked while its index is made: Is a directory\n.*XDG_CACHE_HOME"
+    ):
+        open_dataset(str(folder))
+    assert not list(folder.glob("*.idx"))
 
 
 def test_too_many_bytes_name_the_command_and_the_command_indexes_them(
@@ -260,6 +271,25 @@ def test_a_tar_read_once_from_front_to_back_has_the_index_of_the_file(tmp_path, 
         ):
             assert scan_tar(opened).to_bytes() == scan(tar).to_bytes()
             assert tar_bytes(server) == tar.stat().st_size
+
+
+def test_a_tar_whose_walk_failed_asks_for_nothing_more(tmp_path, monkeypatch):
+    """What is ahead of the damage is not there for long: its reads are given up, not tried until their time is over."""
+    monkeypatch.setattr(object_tar, "CHUNK", 4096)
+    tar = write_tar(tmp_path / "a.tar", [m for i in range(40) for m in sample_members(f"{i}", i)])
+    content = bytearray(tar.read_bytes())
+    content[148:156] = b"7777777\0"  # a checksum of a header that does not match
+    tar.write_bytes(content)
+    with serving(tmp_path) as server:
+        server.fault = lambda request: None if request.range == "bytes=0-4095" else faults.unavailable
+        with (
+            pytest.raises(DataError, match=r"a\.tar: cut short, damaged"),
+            ObjectTar(Stores(8.0), f"{server.url}/a.tar", tar.stat().st_size) as opened,
+        ):
+            scan_tar(opened)
+        asked = Counter(request.range for request in server.requests)
+        assert len(asked) == 1 + object_tar.AHEAD
+        assert max(asked.values()) <= 2  # in eight seconds it would be six
 
 
 def test_a_long_tail_of_other_members_takes_no_memory(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -159,6 +160,31 @@ def test_closing_ends_processes_that_wait_for_a_store(copied):
         loader.close()
         assert time.monotonic() - began < 30
         assert all(isinstance(job.exception(), DataError) for job in jobs.jobs)
+
+
+def test_processes_that_wait_for_a_store_and_die_are_an_error_and_the_parent_goes_on(copied):
+    """One of two is killed while its parent reads for it; then the pipe of the reader breaks for the only one there is."""
+    with serving(copied()) as server:
+        remote = open_dataset(server.url)
+        server.always(faults.unavailable, ".tar")
+        for end, code in (("killed", -9), ("cut off", 1)):
+            augment = {"random_erasing": {}} if end == "killed" else {}
+            loader = train_loader(remote, augment=augment, read_timeout_seconds=60.0)
+            jobs = loader._start(*next(loader._requests(0, NOTHING))[0])
+            server.requests.clear()
+            while not block_requests(server):
+                time.sleep(0.02)
+            child, *others = loader._workers._children
+            assert len(others) == (end == "killed")
+            if end == "killed":
+                child.process.kill()
+            else:
+                with socket.socket(fileno=os.dup(child.asks.fileno())) as pipe:
+                    pipe.shutdown(socket.SHUT_RDWR)
+            for job in jobs.jobs:
+                assert f"a process that decodes ended with code {code}" in str(job.exception(60))
+            loader.close()
+            assert not multiprocessing.active_children()
 
 
 def test_signals_that_reach_the_whole_group_are_left_to_the_parent(train_set):
