@@ -21,7 +21,7 @@ from pretrain.data.scans import MAX_SCANS, has_too_many_scans
 from pretrain.errors import BadSampleError
 from pretrain.logs import log
 
-__all__ = ["FORMATS", "decode", "decoder", "jpegbox", "log_decoder"]
+__all__ = ["FORMATS", "decode", "decoder", "jpegbox", "log_decoder", "opened"]
 
 try:
     from pretrain.data import _jpegbox as jpegbox
@@ -121,7 +121,7 @@ def _decode_jpeg(data: memoryview | bytes, in_chans: int, max_pixels: int) -> Pi
 
 def _decode_by_pillow(data: memoryview | bytes, in_chans: int, max_pixels: int) -> Pixels:
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with opened(data) as image:
             _check_size(image.height, image.width, max_pixels)
             image.load()
             turn = _TURNS.get(_orientation(image))
@@ -130,6 +130,13 @@ def _decode_by_pillow(data: memoryview | bytes, in_chans: int, max_pixels: int) 
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged bytes
         raise BadSampleError(f"not decodable as {', '.join(FORMATS)}: {_first_line(error)}") from None
+
+
+def opened(data: memoryview | bytes) -> Image.Image:
+    """A file in Pillow's hands, nothing of it decoded. The caller sees to its size: what Pillow takes for too many pixels is
+    not asked, or a larger `data.max_pixels` would not be what is allowed."""
+    Image.MAX_IMAGE_PIXELS = None
+    return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:

@@ -1,11 +1,8 @@
 """What an image file says of itself before any of its pixels are decoded."""
 
-import io
 from typing import NamedTuple
 
-from PIL import Image
-
-from pretrain.data.decode import FORMATS
+from pretrain.data.decode import FORMATS, opened
 from pretrain.errors import BadSampleError
 
 SUFFIX_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -23,7 +20,7 @@ class Header(NamedTuple):
 def read_header(data: bytes | memoryview, max_pixels: int) -> Header:
     """No pixel is decoded. Raises `BadSampleError` for what is no JPEG, PNG or WebP, or has too many pixels."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with opened(data) as image:
             header = Header(image.format or "", image.mode, *image.size)
     except Exception as error:  # Pillow raises a dozen kinds on damaged bytes
         raise BadSampleError(

@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 
 from pretrain.data.decode import decode
+from pretrain.data.header import read_header
 from pretrain.errors import BadSampleError
 
 LIMIT = 10_000
@@ -95,8 +96,17 @@ def test_a_bomb_beyond_pillows_own_limit_is_refused():
     header = bytearray(saved(Image.new("L", (1, 1)), "PNG"))
     header[16:24] = (60_000).to_bytes(4, "big") * 2
     header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
-    with pytest.raises(BadSampleError):
+    with pytest.raises(BadSampleError, match=r"60000 x 60000 pixels; data\.max_pixels allows 10,000"):
         decode(bytes(header), 3, LIMIT)
+
+
+def test_what_is_allowed_is_read_also_beyond_pillows_own_limit(monkeypatch):
+    """A small limit of Pillow's stands for its 179 million pixels."""
+    data = saved(Image.new("L", (200, 100)), "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    assert decode(data, 3, 20_000).shape == (100, 200, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    assert read_header(data, 20_000).width == 200
 
 
 @pytest.mark.parametrize(
