@@ -109,7 +109,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / NAME
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         what = "there is no such folder" if not folder.is_dir() else f"there is no {NAME} beside the shards"
         raise DataError(f"{folder}: {what}\n  {_advice(folder)}") from None
     except OSError as error:

@@ -68,7 +68,7 @@ def index_folder(
     """
     tars = sorted(folder.glob("*.tar"))
     if not tars:
-        raise DataError(f"{folder}: there is no .tar file in this folder")
+        raise DataError(f"{folder}: there is no {'.tar file in this' if folder.is_dir() else 'such'} folder")
     jobs = [_Tar(tar, verify) for tar in tars]
     found = _index_all(_index_if_needed, jobs, list(map(str, tars)), workers, lambda n: on_shard(tars[n]))
     try:

@@ -66,6 +66,11 @@ def test_too_few_classes_are_refused_before_training(train_set):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(DataError, match=r"nowhere: there is no such folder\n.*shards pack"):
         open_dataset(str(tmp_path / "nowhere"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"file: there is no such folder"):
+        open_dataset(str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"nowhere: there is no such folder"):
+        index_folder(tmp_path / "nowhere")
 
 
 def test_tars_without_a_manifest_are_indexed_on_first_contact_as_by_hand(copied, train_set):
