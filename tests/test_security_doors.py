@@ -113,7 +113,7 @@ def test_the_checkpoint_that_the_payloads_are_put_into_is_read(tmp_path: Path) -
 
 PROGRAMS = [name for name in RANK_FILES if name.split()[1] in ("pickle", "file", "old", "array", "program")]
 UNSAFE: tuple[Callable[[Path], object], ...] = (
-    lambda path: pickle.loads(path.read_bytes()),
+    lambda path: pickle.loads(path.read_bytes()),  # noqa: S301 (the control)
     lambda path: torch.load(path, weights_only=False),
     lambda path: np.load(path, allow_pickle=True),
     lambda path: subprocess.run(["/bin/sh", str(path)], check=True),
@@ -203,6 +203,18 @@ def test_what_is_no_manifest_or_status_is_said_so(tmp_path: Path, case: str) -> 
         read_status(tmp_path)
     assert read_heartbeat(tmp_path) is None
     assert not (tmp_path / CANARY).exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "7", "null", '"x"', "{}", '{"status": "hacked", "step": 1}',
+             '{"status": ["finished"], "step": 1}', '{"status": "finished", "step": "1"}']
+)  # fmt: skip
+def test_json_of_another_kind_is_no_status_and_no_heartbeat(tmp_path: Path, text: str) -> None:
+    (tmp_path / STATUS).write_text(text)
+    (tmp_path / "heartbeat.json").write_text(text)
+    with pytest.raises(RunDirError, match=r"holds no status|not the directory of a run"):
+        read_status(tmp_path)
+    assert read_heartbeat(tmp_path) is None
 
 
 def test_a_pipe_in_place_of_a_manifest_is_not_waited_for(tmp_path: Path) -> None:

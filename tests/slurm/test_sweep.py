@@ -16,7 +16,7 @@ from test_submit import Desk
 from launch import sweep
 from launch.attempt import _job
 from launch.best import Result, SweepError, choose
-from pretrain.config import dump
+from pretrain.config import CheckpointConfig, dump
 from pretrain.errors import ConfigError, RunDirError
 
 
@@ -99,6 +99,17 @@ def test_no_value_leads_out_of_the_sweep(value: str, desk: Desk, path: str) -> N
     for member in sweep.members_of(desk.folder / path, (), over):
         assert re.fullmatch(r"experiment-[A-Za-z0-9_.+-]+", member.name)
         assert Path(member.config.run.dir).parent == Path("runs/s")
+
+
+def test_each_member_has_a_mirror_of_its_own(desk: Desk, path: str) -> None:
+    """Else the second to start would restore the checkpoints of the first."""
+    members = sweep.members_of(
+        desk.folder / path, ["checkpoint.mirror=s3://bucket/x/"], ["optim.lr=0.003,1e-2"]
+    )
+    mirrors = [member.config.checkpoint.mirror for member in members]
+    assert mirrors == ["s3://bucket/x/lr-0.003", "s3://bucket/x/lr-1e-2"]
+    for mirror in mirrors:
+        assert CheckpointConfig(mirror=mirror).mirror == mirror
 
 
 def test_a_list_is_one_value(desk: Desk, path: str) -> None:
