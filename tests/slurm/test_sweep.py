@@ -16,7 +16,8 @@ from test_submit import Desk
 from launch import sweep
 from launch.attempt import _job
 from launch.best import Result, SweepError, choose
-from pretrain.config import CheckpointConfig, dump
+from pretrain.config import dump
+from pretrain.config.load import parse
 from pretrain.errors import ConfigError, RunDirError
 
 
@@ -83,7 +84,9 @@ def test_asking_about_a_sweep_writes_nothing(desk: Desk, path: str) -> None:
         (["run.dir=a,b"], "sets it for each"),
         (["optim.lrr=1,2"], "unknown key"),
         (["optim.lr=1,-2"], "greater than 0"),
-        (["data.val=null,{shards: v}"], "has not"),
+        (["data.val=null,{shards: v}"], "not every member has"),
+        (["data.val={shards: v},null"], "not every member has"),
+        (["checkpoint.mirror=a/b,a/c"], "sets it for each"),
     ],
 )
 def test_what_is_no_sweep_is_refused_with_a_reason(
@@ -102,14 +105,24 @@ def test_no_value_leads_out_of_the_sweep(value: str, desk: Desk, path: str) -> N
 
 
 def test_each_member_has_a_mirror_of_its_own(desk: Desk, path: str) -> None:
-    """Else the second to start would restore the checkpoints of the first."""
-    members = sweep.members_of(
-        desk.folder / path, ["checkpoint.mirror=s3://bucket/x/"], ["optim.lr=0.003,1e-2"]
-    )
-    mirrors = [member.config.checkpoint.mirror for member in members]
-    assert mirrors == ["s3://bucket/x/lr-0.003", "s3://bucket/x/lr-1e-2"]
-    for mirror in mirrors:
-        assert CheckpointConfig(mirror=mirror).mirror == mirror
+    """In one of them all, a member that has not saved yet would go on with the checkpoint of another."""
+    for mirror in ("s3://bucket/runs/s", "/far/s/"):
+        members = sweep.members_of(
+            desk.folder / path, [f"checkpoint.mirror={mirror}"], ["optim.lr=0.003,0.01"]
+        )
+        mirrors = [f"{mirror.rstrip('/')}/lr-{lr}" for lr in ("0.003", "0.01")]
+        assert [member.config.checkpoint.mirror for member in members] == mirrors
+        for member in members:
+            assert parse(dump(member.config), "its snapshot") == member.config
+
+
+def test_a_sweep_waits_for_all_the_runs_that_its_members_start_from(desk: Desk, path: str) -> None:
+    desk.call("submit", desk.first)
+    desk.call("submit", desk.config("other"))
+    desk.call("sweep", path, "--over", "init.from=runs/first,runs/other,runs/elsewhere", "--after-init")
+    assert desk.asked("sbatch")[2][1] == "--dependency=afterok:101:102"
+    scripts = (desk.folder / "runs/s").glob("from-*/slurm/train/stage.sbatch")
+    assert all("--needs" in script.read_text() for script in scripts)
 
 
 def test_a_list_is_one_value(desk: Desk, path: str) -> None:
