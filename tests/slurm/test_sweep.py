@@ -18,7 +18,7 @@ from launch.attempt import _job
 from launch.best import Result, SweepError, choose
 from pretrain.config import dump
 from pretrain.config.load import parse
-from pretrain.errors import ConfigError, RunDirError
+from pretrain.errors import ConfigError, DivergedError, RunDirError
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_each_task_runs_the_script_of_its_member(desk: Desk, path: str) -> None:
 
 
 @pytest.mark.timeout(LONGEST_SECONDS)
-def test_a_sweep_of_which_members_are_requeued_ends_with_its_best_marked(
+def test_a_sweep_of_which_members_are_requeued_and_one_diverges_ends_with_its_best_marked(
     cluster: Cluster, digits: Path, tmp_path: Path
 ) -> None:
     from mlflow import MlflowClient
@@ -174,10 +174,10 @@ def test_a_sweep_of_which_members_are_requeued_ends_with_its_best_marked(
     cfg = site.config("sweep", tracking={"uri": uri, "system_seconds": None})
     profile = site.profile("sweep", {"HOLD_RESTARTS": 1, "HOLD_STEP": 5}, nodes=1)
     jobs = re.findall(
-        r"^job (\S+):", site.call("sweep", site.write(cfg), "run.campaign=mine", "--over", "optim.lr=0.0001,0.01,0.02", "--profile", profile), re.M
+        r"^job (\S+):", site.call("sweep", site.write(cfg), "run.campaign=mine", "--over", "optim.lr=0.0001,0.01,0.02,1e38", "--profile", profile), re.M
     )  # fmt: skip
     names = ["lr-0.0001", "lr-0.01", "lr-0.02"]
-    array, last = jobs[0].partition("_")[0], int(jobs[-1])
+    array, last, diverging = jobs[0].partition("_")[0], int(jobs[-1]), "lr-1e38"
 
     def requeue(task: int) -> None:
         site.reaches(f"sweep/{names[task]}", 4)
@@ -187,14 +187,20 @@ def test_a_sweep_of_which_members_are_requeued_ends_with_its_best_marked(
 
     with ThreadPoolExecutor(3) as threads:
         list(threads.map(requeue, range(3)))
+    wait_until((tmp_path / "sweep" / diverging / "status.json").is_file, "the other one has begun, too")
+    cluster.run("scancel", "--signal=USR1", f"{array}_3")
     site.ends(last)
     place = tmp_path / "sweep"
     for task, name in enumerate(names):
         assert site.status(f"sweep/{name}")["status"] == "finished"
         assert [a["job"] for a in site.attempts(f"sweep/{name}")][-1] == f"{array}_{task}"
-        wait_until(lambda: (place / "best.json").is_file(), "the best is known")
+    assert site.status(f"sweep/{diverging}")["status"] == "failed"
+    last_attempt = site.attempts(f"sweep/{diverging}")[-1]
+    assert last_attempt["action"] == "stop"
+    assert last_attempt["failures"][0]["exit_code"] == DivergedError.exit_code
     best = json.loads((place / "best.json").read_text())
     tops = {name: site.status(f"sweep/{name}")["best"]["val/top1"] for name in names}
+    assert [(m["run"], m["status"]) for m in best["members"]][-1] == (diverging, "failed")
     assert best["top1"] == max(tops.values()) == tops[best["run"]]
     client = MlflowClient(uri)
     (experiment,) = [
@@ -204,9 +210,9 @@ def test_a_sweep_of_which_members_are_requeued_ends_with_its_best_marked(
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert parent.info.run_name == "mine/sweep"
     children = {run.info.run_name: run for run in runs if run is not parent}
-    assert set(children) == {f"sweep/{name}" for name in names}
+    assert set(children) == {f"sweep/{name}" for name in [*names, diverging]}
     for name, run in children.items():
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
-        assert run.info.status == "FINISHED"
+        assert run.info.status == ("FAILED" if name == f"sweep/{diverging}" else "FINISHED")
         assert run.data.tags.get("best") == ("true" if name == f"sweep/{best['run']}" else None)
     assert f"best: {place / best['run']}" in site.call("status", str(place))
