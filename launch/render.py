@@ -113,6 +113,8 @@ def _srun_options(profile: Profile) -> Iterator[str]:
         yield f"--container-image={container.image}"
         if container.mounts:
             yield f"--container-mounts={','.join(container.mounts)}"
+    if profile.cpus_per_rank is not None:
+        yield "--cpu-bind=cores"  # by itself Slurm does so only where the ranks fill what was allocated
     yield from profile.srun
 
 

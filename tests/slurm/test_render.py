@@ -393,6 +393,12 @@ def test_apptainer_runs_in_front_of_each_rank_and_pyxis_within_srun() -> None:
     assert "srun_options=(--container-image=/i.sif --container-mounts=/data:/data)" in render(pyxis, site)
 
 
+def test_ranks_are_bound_to_the_cores_that_were_asked_for_and_a_site_s_own_word_comes_last() -> None:
+    assert "cpu-bind" not in render(job(), profile())
+    script = render(job(), profile(cpus_per_rank=3, srun=("--cpu-bind=none",)))
+    assert "srun_options=(--cpu-bind=cores --cpu-bind=none)" in script
+
+
 def test_the_exporting_job_evaluates_only_where_there_is_something_to_evaluate_on() -> None:
     cfg = tiny.config(run={"dir": "-runs/x"})
     (command,) = export_job(cfg, profile(), Path("/w"), "last", ["timm"]).commands
