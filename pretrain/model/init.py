@@ -3,7 +3,9 @@ the ZeRO stage, the precision and the order of construction.
 
 The paper's own code (google-research/vision_transformer) is followed: Xavier uniform for the linear maps, LeCun
 normal for the patch projection and the tanh layer, N(0, 0.02) for position tables, zeros for cls token, biases and
-head. Query, key and value are drawn as the three square maps they are: as one [3D, D] matrix, as timm does, Xavier
+head. Offset embeddings of `relative` are N(0, 1): they stand beside keys, and a key is of that size at first (a normalised
+token through a Xavier map). Drawn as small as a table that is added to tokens, they take hundreds of steps to be noticed.
+Query, key and value are drawn as the three square maps they are: as one [3D, D] matrix, as timm does, Xavier
 would see a fan of 3D and draw them a factor sqrt(2) too small. Registers are N(0, 0.02): alike they would stay alike.
 """
 
@@ -59,8 +61,10 @@ def initial_value(name: str, shape: Shape, config: ModelConfig, seed: int) -> Te
     value = torch.zeros(shape, dtype=torch.float32, device="cpu")
     generator = _generator(name, seed)
     leaf = name.rpartition(".")[2]
-    if leaf.startswith(("pos_embed", "rel_pos", "reg_token")):
+    if leaf.startswith(("pos_embed", "reg_token")):
         return value.normal_(std=0.02, generator=generator)
+    if leaf == "rel_pos":
+        return value.normal_(std=1.0, generator=generator)
     if name == "attn_pool.latent":
         return _xavier_uniform(value, 1, shape[-1], generator)
     if leaf == "gamma":

@@ -100,7 +100,7 @@ def test_new_parameters_start_as_documented() -> None:
     assert not weights["head.weight"].any()
     assert weights["reg_token"].std().item() == pytest.approx(0.02, rel=0.2)
     assert not torch.allclose(weights["reg_token"][0, 0], weights["reg_token"][0, 1])
-    assert weights["rel_pos"].std().item() == pytest.approx(0.02, rel=0.1)
+    assert weights["rel_pos"].std().item() == pytest.approx(1.0, rel=0.1)
     assert weights["pre_logits.weight"].std().item() == pytest.approx(96**-0.5, rel=0.05)
     gate, value = weights["blocks.0.mlp.fc1.weight"].split(384)
     for half in (gate, value):  # each is drawn as the map it is, not as one of twice the fan
@@ -109,6 +109,16 @@ def test_new_parameters_start_as_documented() -> None:
     assert {name: two[name].std().item() for name in ("pos_embed_x", "pos_embed_y")} == pytest.approx(
         {"pos_embed_x": 0.02, "pos_embed_y": 0.02}, rel=0.2
     )
+
+
+def test_an_offset_s_embedding_is_as_large_as_a_content_s_key() -> None:
+    config = CONFIG.model_copy(update={"pos_embed": "relative", "pos_embed_at": "every_layer_shared"})
+    weights = InitialWeights(config, 0)
+    token = torch.nn.functional.layer_norm(
+        torch.randn(64, 96, generator=torch.Generator().manual_seed(0)), (96,)
+    )
+    key = token @ weights["blocks.0.attn.qkv.weight"][96:192].T
+    assert weights["rel_pos"].std().item() == pytest.approx(key.std().item(), rel=0.1)
 
 
 def test_build_refuses_weights_that_are_not_the_model_s() -> None:
