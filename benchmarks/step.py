@@ -5,8 +5,10 @@
     python benchmarks/step.py --case Ti-32 --case S-224 --compile
 
 A step is: uint8 batch to normalised input, forward, loss, backward, clipping, AdamW. In every round each contender
-takes one step, in an order that rotates, and the matrix product that stands for the peak runs too: what the machine's
-neighbours do meets all of them. What is compared is the median over rounds of the ratios within a round.
+takes one step, in an order drawn anew, and the matrix product that stands for the peak runs too: what the machine's
+neighbours do meets all of them. What is compared is the median over rounds of the ratios within a round. The C library
+keeps what a step frees: else it gives some back to the kernel and takes it again in the next step, and who pays for that,
+2 % of a step of S/16 on a CPU, is chance.
 
     ours          our VisionTransformer in a plain torch loop
     timm          timm's VisionTransformer with the same weights and the same optimizer, in the same loop
@@ -18,7 +20,9 @@ the peers' as a whole. In bf16 the plain loops use torch.autocast over fp32 weig
 fp32 masters.
 """
 
+import ctypes
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -50,6 +54,7 @@ LR = 1e-4
 CLIP = 1.0
 PEAK_SIZE = 1024
 TRAIN_FLOPS_FACTOR = 3
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 AGREE = {"fp32": 1e-4, "bf16": 5e-2}
 """Largest relative difference of the contenders' losses at the first step: the same thing is timed."""
 
@@ -85,6 +90,7 @@ def main(names: tuple[str, ...], rounds: int, precision: str, compiled: bool, th
     """Time one training step of ours, of timm's and transformers' ViT and of our engine, interleaved."""
     if threads:
         torch.set_num_threads(threads)
+    _keep_freed_memory()
     world = World(0, 1, 0, "127.0.0.1", 0, "benchmark")
     with joined(world, device_of(world), 600) as ranks, tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
@@ -111,8 +117,9 @@ def _run(
         raise click.ClickException(f"the contenders do not compute the same loss: {losses}")
     timed: dict[str, Callable[[], Any]] = {**contenders, "peak": _peak(precision, ranks.device)}
     seconds: dict[str, list[float]] = {name: [] for name in timed}
+    order, draws = list(timed), random.Random(0)
     for turn in range(-2, rounds):  # two rounds to warm up
-        order = list(timed)[turn % len(timed) :] + list(timed)[: turn % len(timed)]
+        draws.shuffle(order)
         for name in order:
             began = time.perf_counter()
             timed[name]()
@@ -121,6 +128,14 @@ def _run(
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - began)
     return seconds, batch_size, TRAIN_FLOPS_FACTOR * forward_flops(config.model) * batch_size
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc take tensors from its heap and leave the heap as long as it has grown, for all contenders alike."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _contenders(

@@ -14,12 +14,14 @@ import pytest
 import timm
 import tiny
 import torch
+import vits
 from click.testing import CliRunner
 from PIL import Image
 from saves import save
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
+from vits import random_images, random_weights
 
 from pretrain.checkpoint.load import open_weights
 from pretrain.checkpoint.save import Content
@@ -33,7 +35,7 @@ from pretrain.formats.native import load_export
 from pretrain.formats.timm_models import _mlp_ratio
 from pretrain.formats.write import Exported, write_export
 from pretrain.images import validation_images
-from pretrain.model import build, parameter_shapes
+from pretrain.model import build
 from pretrain.shards import shards
 from pretrain.world import World
 
@@ -44,31 +46,16 @@ OURS_AND_TIMM = ("safetensors", "timm")
 
 
 def model(**changes: object) -> ModelConfig:
+    """2 x 3 patches of 4 x 4 pixels."""
     settings = {
-        "embed_dim": 24,
-        "depth": 2,
-        "num_heads": 2,
-        "mlp_dim": 31,
-        "img_size": (8, 12),
-        "patch_size": (4, 4),
+        "embed_dim": 24, "depth": 2, "num_heads": 2, "mlp_dim": 31, "img_size": (8, 12), "patch_size": (4, 4),
         "num_classes": 5,
-        "mean": (0.1, 0.2, 0.3),
-        "std": (0.4, 0.5, 0.6),
-    }
-    return ModelConfig.model_validate(settings | changes)
+    }  # fmt: skip
+    return vits.tiny(**settings | changes)
 
 
-def random_weights(config: ModelConfig) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.randn(shape, generator=generator) / 4 for name, shape in parameter_shapes(config).items()
-    }
-
-
-def images(config: ModelConfig, count: int = 4) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    shape = (count, *config.img_size, config.in_chans)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+def images(config: ModelConfig) -> Tensor:
+    return random_images(config, 4)
 
 
 def write(
@@ -163,7 +150,7 @@ def test_timm_s_own_transform_of_a_picture_gives_our_logits(tmp_path: Path) -> N
     assert (data["crop_pct"], data["interpolation"]) == (0.9, "bicubic")
     assert data["input_size"] == (3, 12, 12)
     transform = create_transform(**data | {"crop_pct": 1.0})  # the picture has the model's size already
-    picture = images(config, 1)
+    picture = random_images(config, 1)
     pixels = transform(to_pil_image(picture[0].permute(2, 0, 1)))[None]
     with torch.no_grad():
         torch.testing.assert_close(loaded(pixels), build(config, random_weights(config))(picture))
@@ -194,7 +181,7 @@ def test_an_export_that_answers_otherwise_is_not_kept(
         return adapt(weights, config.model_copy(update={"act": "gelu_tanh"}))
 
     monkeypatch.setattr(exporter(form), "adapt", misdescribe)
-    weights = {name: value * 8 for name, value in random_weights(model()).items()}
+    weights = random_weights(model(), std=2)
     with pytest.raises(ExportError, match="answers otherwise: its logits differ by"):
         write_export(weights, model(), ABOUT, tmp_path / "out", form, images=images(model()))
     assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,8 @@ from PIL import Image
 from ranks import on_ranks
 from test_resume import config, train
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from vits import random_images, tiny
 
 from pretrain.config import ModelConfig
 from pretrain.figures import attention_of, draw, look, needed_weights, numbers
@@ -24,16 +26,8 @@ __all__ = ["digits"]
 
 
 def model(**changes: object) -> ModelConfig:
-    settings = {
-        "embed_dim": 24, "depth": 3, "num_heads": 2, "mlp_dim": 32, "img_size": (12, 8), "patch_size": (4, 2),
-        "num_classes": 5,
-    }  # fmt: skip
-    return ModelConfig.model_validate(settings | changes)
-
-
-def images(of: ModelConfig, count: int = 4) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (count, *of.img_size, of.in_chans), generator=generator, dtype=torch.uint8)
+    """3 x 4 patches of 4 x 2 pixels."""
+    return tiny(**{"embed_dim": 24, "num_heads": 2, "img_size": (12, 8)} | changes)
 
 
 def test_positions_of_a_row_and_a_column_are_as_alike_as_their_table_makes_them() -> None:
@@ -120,7 +114,7 @@ def test_what_is_heard_is_what_the_fused_kernel_weighs_the_values_by(kind: dict[
             lambda _, __, out, layer=layer: heard.append((layer, out, torch.empty(0)))
         )
         layer.listener = lambda weights: heard.append((*heard.pop()[:2], weights))
-    net(images(of))
+    net(random_images(of))
     assert len(heard) == 3
     for layer, qkv, weights in heard:
         v = qkv.unflatten(-1, (3, of.heads, -1))[:, :, 2].transpose(1, 2)
@@ -132,7 +126,7 @@ def test_what_is_heard_is_what_the_fused_kernel_weighs_the_values_by(kind: dict[
 def test_every_kind_of_model_can_be_looked_into(kind: dict[str, object], tmp_path: Path) -> None:
     of = model(**kind)
     weights = InitialWeights(of, 0)
-    net, shown = build(of, weights).eval(), images(of)
+    net, shown = build(of, weights).eval(), random_images(of)
     with torch.no_grad():
         before = net(shown)
         with attention_of(net) as heard:
@@ -148,6 +142,21 @@ def test_every_kind_of_model_can_be_looked_into(kind: dict[str, object], tmp_pat
         assert min(Image.open(path).size) > 200
     assert all(math.isfinite(value) for value in found.metrics().values())
     assert not any(isinstance(m, Attention) and m.listener for m in net.modules())
+
+
+def test_listening_does_not_compile_the_blocks_anew() -> None:
+    of = model()
+    net, shown = build(of, InitialWeights(of, 0)), random_images(of)
+    for block in net.blocks:
+        block.compile(dynamic=False, backend="eager")
+    counts = []
+    for _ in range(2):
+        net(shown)
+        counts.append(counters["stats"]["unique_graphs"])
+        with attention_of(net) as heard:
+            net(shown)
+        assert len(heard.distance) == 3
+    assert counts[1] == counts[0] > 0
 
 
 def test_figures_in_training_at_stage_3_are_those_of_the_checkpoint(digits: Path, tmp_path: Path) -> None:

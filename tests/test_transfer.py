@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
+from vits import EVERYTHING, KINDS, random_images, random_weights, tiny
 
 from pretrain.config import InitConfig, ModelConfig
 from pretrain.errors import CheckpointError
@@ -26,21 +27,12 @@ SEED = 11
 
 
 def model(**changes: object) -> ModelConfig:
+    """2 x 3 patches of 4 x 4 pixels."""
     settings = {
-        "embed_dim": 16,
-        "depth": 2,
-        "num_heads": 2,
-        "mlp_dim": 24,
-        "img_size": (8, 12),
-        "patch_size": (4, 4),
-        "num_classes": 5,
-    }
-    return ModelConfig.model_validate(settings | changes)
-
-
-def random_weights(config: ModelConfig) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) for name, shape in parameter_shapes(config).items()}
+        "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24, "img_size": (8, 12), "patch_size": (4, 4),
+        "num_classes": 5, "mean": (0.5,), "std": (0.5,),
+    }  # fmt: skip
+    return tiny(**settings | changes)
 
 
 def hand_off(old: ModelConfig, new: ModelConfig, **init: object) -> tuple[dict[str, Tensor], Transfer]:
@@ -49,12 +41,8 @@ def hand_off(old: ModelConfig, new: ModelConfig, **init: object) -> tuple[dict[s
 
 
 def logits(config: ModelConfig, weights: Mapping[str, Tensor]) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(
-        0, 256, (3, *config.img_size, config.in_chans), dtype=torch.uint8, generator=generator
-    )
     with torch.no_grad():
-        return build(config, weights)(images)
+        return build(config, weights)(random_images(config))
 
 
 def assert_bitwise(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -170,28 +158,6 @@ def test_mean_pooling_can_follow_any_other(pool: str, mean: str) -> None:
     assert logits(new, result.weights).shape == (3, 5)
     _, kept = hand_off(old, new, head="keep")
     assert torch.equal(kept.weights["head.weight"], source["head.weight"])
-
-
-KINDS: list[dict[str, object]] = [
-    {"pos_embed": "none"},
-    {"pos_embed": "sincos_2d_mae"},
-    {"pos_embed": "sincos_2d_big_vision"},
-    {"pos_embed": "rope_2d"},
-    {"pos_embed": "relative", "pos_embed_at": "every_layer"},
-    {"pos_embed": "relative", "pos_embed_at": "every_layer_shared"},
-    *(
-        {"pos_embed": kind, "pos_embed_at": at}
-        for kind in ("learned_1d", "learned_2d")
-        for at in ("stem", "every_layer", "every_layer_shared")
-    ),
-]
-EVERYTHING = {
-    "num_registers": 2,
-    "layer_scale": 0.1,
-    "qk_norm": True,
-    "act": "swiglu",
-    "representation_size": 6,
-}
 
 
 @pytest.mark.parametrize("order", ["cls_then_pe", "pe_then_cls"])

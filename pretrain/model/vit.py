@@ -36,12 +36,13 @@ from pretrain.model.position import (
 class Attention(nn.Module):
     """Multi-head self-attention (appendix A)."""
 
-    listener: Callable[[Tensor], None] | None = None
+    listener: Callable[[Tensor], None] | None
     """Is given the attention weights [B, h, T, T] of each pass; see `pretrain.figures`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.listener = None  # the module's own: one of the class would be compiled anew once it has been set
         head_norm = partial(nn.LayerNorm, config.width // config.heads, config.norm_eps)
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.q_norm = head_norm() if config.qk_norm else nn.Identity()
@@ -55,9 +56,7 @@ class Attention(nn.Module):
         key       int32 [B, 2] of the dropout, or none
         """
         config = self.config
-        qkv = self.qkv(x).unflatten(-1, (3, config.heads, -1))  # [B, T, 3, h, d]
-        # Taken apart along this axis, so that their gradients are put together in the layout of qkv, without a copy.
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each [B, h, T, d]
+        q, k, v = by_head(self.qkv(x), 3, config.heads)
         q, k = self.q_norm(q), self.k_norm(k)
         bias = None
         if position is not None and config.pos_embed == "rope_2d":
@@ -69,6 +68,15 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v, bias)
         x = self.proj(x.transpose(1, 2).flatten(2))
         return dropout(x, key, config.dropout_rate)
+
+
+def by_head(x: Tensor, num_maps: int, num_heads: int) -> tuple[Tensor, ...]:
+    """What several linear maps gave side by side, cut into maps and heads: [B, T, maps * D] -> each [B, h, T, d].
+
+    Cut along an axis in the middle, so that their gradients are put together in the layout of x, without a copy.
+    """
+    maps = torch.unflatten(x, -1, (num_maps, num_heads, -1)).unbind(2)  # each [B, T, h, d]
+    return tuple(part.transpose(1, 2) for part in maps)
 
 
 def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
@@ -183,10 +191,9 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, D]."""
-        q = self.q(self.latent.expand(x.shape[0], -1, -1)).unflatten(-1, (self.num_heads, -1))  # [B, 1, h, d]
-        kv = self.kv(x).unflatten(-1, (2, self.num_heads, -1))  # [B, T, 2, h, d]
-        k, v = (part.transpose(1, 2) for part in kv.unbind(2))  # each [B, h, T, d]
-        x = F.scaled_dot_product_attention(q.transpose(1, 2), k, v)  # [B, h, 1, d]
+        (q,) = by_head(self.q(self.latent.expand(x.shape[0], -1, -1)), 1, self.num_heads)  # [B, h, 1, d]
+        k, v = by_head(self.kv(x), 2, self.num_heads)  # each [B, h, T, d]
+        x = F.scaled_dot_product_attention(q, k, v)  # [B, h, 1, d]
         x = self.proj(x.flatten(1))
         x = x + self.mlp(self.norm(x))
         return x

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import vits
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
@@ -12,7 +13,6 @@ from torch import Tensor
 from pretrain.config import ModelConfig
 from pretrain.formats.files import About
 from pretrain.formats.write import Exported, write_export
-from pretrain.model import parameter_shapes
 
 ABOUT = About({"run": "runs/a", "step": 7, "metrics": {"val/top1": 0.5}})
 SQUARE = {"img_size": (16, 16), "patch_size": (4, 4)}
@@ -22,19 +22,15 @@ WIDE = {"img_size": (8, 24), "patch_size": (4, 2)}
 def model(**changes: Any) -> ModelConfig:
     """Small, with nothing that could be taken for something else: 2 heads of 16, an MLP of no round ratio."""
     settings = {
-        "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_dim": 51, "num_classes": 5, "act": "gelu_tanh",
-        "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), **SQUARE,
+        "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_dim": 51, "num_classes": 5, "act": "gelu_tanh", **SQUARE,
     }  # fmt: skip
-    return ModelConfig.model_validate(settings | changes)
+    return vits.tiny(**settings | changes)
 
 
-def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
+def random_weights(config: ModelConfig) -> dict[str, Tensor]:
     """Every parameter matters to the logits: no zero head, no unit norm; branches of the size that training gives."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(shape, generator=generator) * (0.05 if max(shape) > 128 else 0.25)
-        for name, shape in parameter_shapes(config).items()
-    }
+    weights = vits.random_weights(config, std=0.25)
+    return {name: value / 5 if max(value.shape) > 128 else value for name, value in weights.items()}
 
 
 def photographs(config: ModelConfig, count: int = 4) -> Tensor:

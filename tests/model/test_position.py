@@ -9,11 +9,13 @@ from timm.layers import AttentionRope, RotaryEmbeddingCat, apply_rot_embed_cat
 from torch import Tensor, nn
 from transformers.models.wav2vec2_bert.configuration_wav2vec2_bert import Wav2Vec2BertConfig
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertSelfAttention
-from vits import KINDS, as_timm_input, random_images, random_weights, timm_model, tiny
+from vits import KINDS_AND_ORDERS, as_timm_input, random_images, random_weights, timm_model, tiny
 
-from pretrain.model import build, parameter_shapes
+from pretrain.config import OptimConfig
+from pretrain.model import InitialWeights, build, parameter_shapes
 from pretrain.model.position import learned_table, relative_logits, rotate, rotation, sincos_2d
 from pretrain.model.vit import Attention, VisionTransformer
+from pretrain.optim import build_optimizer, parameter_groups
 
 CPU = torch.device("cpu")
 
@@ -24,7 +26,7 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
     return answer
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS_AND_ORDERS)
 def test_patches_are_told_apart_by_their_place_unless_the_kind_is_none(kind: dict[str, str]) -> None:
     config = tiny(global_pool="avg", **kind)
     model, images = build(config, random_weights(config)), random_images(config)
@@ -120,6 +122,50 @@ def test_relative_attention_equals_the_one_of_transformers() -> None:
         torch.testing.assert_close(ours(x, rel_pos), theirs(x)[0], atol=1e-5, rtol=1e-5)
 
 
+def test_relative_logits_and_their_gradients_equal_a_loop_over_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 2, 1 + 6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    table = torch.randn(11, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 2, 7, 7, generator=generator, dtype=torch.float64)
+    got = torch.autograd.grad((relative_logits(q, table) * weight).sum(), (q, table))
+    looped = torch.zeros((), dtype=torch.float64)
+    for i in range(6):
+        for j in range(6):
+            logit = (q[:, :, 1 + i] * table[i - j + 5]).sum(-1) / 2
+            looped = looped + (logit * weight[:, :, 1 + i, 1 + j]).sum()
+    torch.testing.assert_close(got, torch.autograd.grad(looped, (q, table)))
+
+
+def rows_of_patches(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images of eight grey patches in a row but for a bright and a dark one; the class says which of them comes first."""
+    images = torch.full((count, 4, 8, 4, 1), 128, dtype=torch.uint8)
+    bright, dark = torch.rand(count, 8, generator=generator).argsort(1)[:, :2].unbind(1)
+    images[torch.arange(count), :, bright] = 255
+    images[torch.arange(count), :, dark] = 0
+    return images.flatten(2, 3), (bright < dark).long()
+
+
+def test_which_of_two_patches_comes_first_is_learnt_by_relative_and_never_by_none() -> None:
+    right = {}
+    for kind, at in (("relative", "every_layer"), ("none", "stem")):
+        config = tiny(
+            embed_dim=32, num_heads=2, mlp_dim=64, depth=2, img_size=(4, 32), patch_size=(4, 4), in_chans=1,
+            num_classes=2, mean=(0.5,), std=(0.5,), global_pool="avg", pos_embed=kind, pos_embed_at=at,
+        )  # fmt: skip
+        model, optim = build(config, InitialWeights(config, 0)), OptimConfig(lr=3e-3)
+        groups = parameter_groups(model.named_parameters(), optim, config.num_blocks)
+        optimizer, generator = build_optimizer(groups, optim, CPU), torch.Generator().manual_seed(0)
+        for _ in range(150):
+            images, labels = rows_of_patches(64, generator)
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        images, labels = rows_of_patches(256, generator)
+        right[kind] = (logits(model, images).argmax(1) == labels).float().mean().item()
+    assert right["relative"] > 0.95
+    assert right["none"] < 0.65
+
+
 def mae_table(dim: int, rows: int, columns: int) -> np.ndarray:
     """facebookresearch/mae, util/pos_embed.py, written again from its description: width first, sin before cos."""
     omega = 1 / 10000 ** (np.arange(dim // 4) / (dim / 4))
@@ -201,7 +247,7 @@ def test_what_rotary_attention_sees_depends_on_the_distance_alone() -> None:
     assert abs(scores[0, 1, 1, 3] - scores[0, 1, 1, 2]) > 1e-3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS_AND_ORDERS)
 def test_bfloat16_and_autocast_agree_with_float32(kind: dict[str, str]) -> None:
     config = tiny(num_registers=1, **kind)
     weights = {name: value / 3 for name, value in random_weights(config).items()}
@@ -216,7 +262,7 @@ def test_bfloat16_and_autocast_agree_with_float32(kind: dict[str, str]) -> None:
     torch.testing.assert_close(low.float(), expected, atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS_AND_ORDERS)
 def test_each_table_is_owned_by_the_module_that_reads_it_and_learns(kind: dict[str, str]) -> None:
     config = tiny(
         **kind, global_pool="avg"

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from vits import KINDS, ORDERS, POOLS, as_timm_input, random_images, random_weights, timm_model, tiny
+from vits import (
+    EVERYTHING,
+    KINDS_AND_ORDERS,
+    ORDERS,
+    POOLS,
+    as_timm_input,
+    random_images,
+    random_weights,
+    timm_model,
+    tiny,
+)
 
 from pretrain.config import ModelConfig
 from pretrain.model import (
@@ -120,17 +130,8 @@ def test_the_published_recipe_of_big_vision_has_its_size() -> None:
     assert num_parameters(config) == 22_122_472
 
 
-EVERYTHING = {
-    "num_registers": 2,
-    "layer_scale": 0.1,
-    "qk_norm": True,
-    "act": "swiglu",
-    "representation_size": 20,
-}
-
-
 @pytest.mark.parametrize("more", [{}, EVERYTHING], ids=["plain", "everything"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS_AND_ORDERS)
 @pytest.mark.parametrize("pool", POOLS)
 def test_counts_equal_the_module(pool: str, kind: dict[str, str], more: dict[str, object]) -> None:
     config = tiny(global_pool=pool, **kind, **more)
@@ -142,7 +143,7 @@ def test_counts_equal_the_module(pool: str, kind: dict[str, str], more: dict[str
     assert 2 * forward_flops(config) == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS_AND_ORDERS)
 def test_recomputation_changes_neither_output_nor_gradient(kind: dict[str, str]) -> None:
     config = tiny(drop_path_rate=0.4, dropout_rate=0.3, depth=4, **kind)
     weights, images = random_weights(config), random_images(config, 8)

@@ -1,4 +1,4 @@
-"""Small models, random weights and images for them, and timm's model of the same settings."""
+"""Small models for every test that needs one, random weights and images for them, and timm's model of the same settings."""
 
 import torch
 from timm.layers import Mlp, SwiGLUPacked
@@ -9,13 +9,12 @@ from pretrain.model import parameter_shapes
 
 POOLS = ("token", "avg", "norm_avg", "map")
 ORDERS = ("cls_then_pe", "pe_then_cls")
-KINDS = [
+KINDS: list[dict[str, str]] = [
     {"pos_embed": "none"},
     *(
-        {"pos_embed": kind, "pos_embed_at": at, "pos_embed_order": order}
+        {"pos_embed": kind, "pos_embed_at": at}
         for kind in ("learned_1d", "learned_2d")
         for at in ("stem", "every_layer", "every_layer_shared")
-        for order in ORDERS
     ),
     {"pos_embed": "relative", "pos_embed_at": "every_layer"},
     {"pos_embed": "relative", "pos_embed_at": "every_layer_shared"},
@@ -23,7 +22,22 @@ KINDS = [
     {"pos_embed": "sincos_2d_big_vision"},
     {"pos_embed": "rope_2d"},
 ]
-"""The eight cells of the paper's table 8, in both orders, and the kinds that came later."""
+"""The eight cells of the paper's table 8, and the kinds that came later."""
+KINDS_AND_ORDERS = [
+    kind | order
+    for kind in KINDS
+    for order in (
+        [{"pos_embed_order": o} for o in ORDERS] if kind["pos_embed"].startswith("learned") else [{}]
+    )
+]
+EVERYTHING: dict[str, object] = {
+    "num_registers": 2,
+    "layer_scale": 0.1,
+    "qk_norm": True,
+    "act": "swiglu",
+    "representation_size": 20,
+}
+"""Switches that are off by default, on."""
 
 
 def tiny(**changes: object) -> ModelConfig:
@@ -42,11 +56,11 @@ def tiny(**changes: object) -> ModelConfig:
     return ModelConfig.model_validate(settings | changes)
 
 
-def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+def random_weights(config: ModelConfig, std: float = 0.3) -> dict[str, torch.Tensor]:
     """Weights under which every parameter matters to the logits: no zero head, no unit norm."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     return {
-        name: torch.randn(shape, generator=generator) * 0.3
+        name: torch.randn(shape, generator=generator) * std
         for name, shape in parameter_shapes(config).items()
     }
 
