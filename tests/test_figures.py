@@ -14,9 +14,10 @@ from ranks import on_ranks
 from test_resume import config, train
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from vits import random_images, tiny
+from vits import random_images, random_weights, tiny
 
 from pretrain.config import ModelConfig
+from pretrain.errors import CheckpointError
 from pretrain.figures import attention_of, draw, look, needed_weights, numbers
 from pretrain.model import InitialWeights, build, learned_table
 from pretrain.model.vit import Attention
@@ -185,13 +186,32 @@ def test_figures_in_training_at_stage_3_are_those_of_the_checkpoint(digits: Path
     assert len(list((tmp_path / "out").glob("*.png"))) == 4
 
 
-def test_show_says_where_it_cannot_draw_and_what_it_cannot_show(digits: Path, tmp_path: Path) -> None:
+def test_a_grid_of_one_row_has_no_number_for_pairs_that_it_lacks() -> None:
+    of = model(img_size=(4, 8))
+    found = look(
+        of, {name: value for name, value in random_weights(of).items() if name in needed_weights(of)}
+    )
+    assert set(found.metrics()) == {"figures/pe_similarity/same_row"}
+
+
+def test_weights_that_are_not_finite_are_named_and_not_drawn() -> None:
+    of = model()
+    weights = random_weights(of)
+    weights["patch_embed.proj.weight"][0] = math.nan
+    with pytest.raises(CheckpointError, match=r"nothing to draw: patch_embed\.proj\.weight has values"):
+        look(of, {name: weights[name] for name in needed_weights(of)})
+
+
+def test_where_nothing_can_be_drawn_training_goes_on_and_show_says_so(digits: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    cfg = config(run, digits, model={"in_chans": 1, "num_classes": 10, "pos_embed": "none"})
+    length = {"global_batch": 22, "micro_batch": 6, "total_steps": 12, "figures_every_steps": 12}
+    cfg = config(run, digits, train=length, model={"in_chans": 1, "num_classes": 10, "pos_embed": "none"})
+    run.mkdir()
+    (run / "figures").write_text("in the way")
     assert on_ranks(1, train, cfg)[0] == ("finished", 12)
-    (tmp_path / "file").write_text("")
-    failed = CliRunner().invoke(show, [str(run), "--out", str(tmp_path / "file" / "x")])
+    failed = CliRunner().invoke(show, [str(run)])
     assert "cannot draw into" in str(failed.exception)
+    (run / "figures").unlink()
     shown = CliRunner().invoke(show, [str(run)])
     assert "none adds no table to the patches" in shown.output
     assert (run / "figures" / "step_00000012" / "patch_filters.png").is_file()

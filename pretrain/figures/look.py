@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config import ModelConfig
+from pretrain.errors import CheckpointError
 from pretrain.figures import numbers
 from pretrain.figures.attention import Heard
 from pretrain.model import learned_table, sincos_2d, table_shapes
@@ -30,11 +31,15 @@ class Look:
     rollout: Tensor | None
 
     def metrics(self) -> dict[str, float]:
-        """The numbers behind the figures, as MLflow gets them."""
+        """The numbers behind the figures, as MLflow gets them; without means over no pair at all."""
         found: dict[str, float] = {}
         if self.similarity is not None:
             near = numbers.neighbours(self.similarity, self.model.grid)
-            found |= {f"figures/pe_similarity/{name}": value for name, value in near._asdict().items()}
+            found |= {
+                f"figures/pe_similarity/{name}": value
+                for name, value in near._asdict().items()
+                if value == value
+            }
         if self.distance is not None:
             digits = len(str(len(self.distance) - 1))
             for layer, heads in enumerate(self.distance):
@@ -53,7 +58,12 @@ def look(
     images: Tensor | None = None,
     heard: Heard | None = None,
 ) -> Look:
-    """weights: those of `needed_weights`, fp32; images and heard: what was shown to the model, and what it attended to."""
+    """weights: those of `needed_weights`, fp32; images and heard: what was shown to the model, and what it attended to.
+
+    Raises `CheckpointError` where a weight is not finite.
+    """
+    if odd := [name for name, value in weights.items() if not value.isfinite().all()]:
+        raise CheckpointError(f"there is nothing to draw: {', '.join(odd)} has values that are not finite")
     table = _patch_table(config, weights)
     components, shares = numbers.principal_components(weights[FILTERS])
     distance = None if heard is None else torch.stack([heard.distance[i] for i in sorted(heard.distance)])
