@@ -70,6 +70,8 @@ def _watch(places: tuple[Path, ...], uri: str | None, every: float) -> None:
         if not place.is_dir():
             raise TrackError(f"{place} is no folder: give run directories, or a folder that runs are in")
     logs.to_stderr()
+    if uri is not None:
+        _warn_of_place(uri)
     os.environ.update(CLIENT_ENVIRONMENT)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -79,6 +81,16 @@ def _watch(places: tuple[Path, ...], uri: str | None, every: float) -> None:
         Watch(places, lambda run: uri or own_uri(run)).follow(every)
     except KeyboardInterrupt:
         logs.log.info("stopped; what is not delivered stays in the journals")
+
+
+def _warn_of_place(uri: str) -> None:
+    from pretrain.tracking.mounts import sqlite_trouble
+    from pretrain.tracking.target import sqlite_path
+
+    database = sqlite_path(uri)
+    trouble = None if database is None else sqlite_trouble(database)
+    if trouble:
+        click.echo(f"Warning: {trouble}", err=True)
 
 
 def own_uri(run: Path) -> str:
@@ -104,6 +116,7 @@ def deliver(run: Path, uri: str, from_start: bool, timeout: float) -> None:
     from pretrain.tracking.journal import journal_path
     from pretrain.tracking.target import sqlite_path
 
+    _warn_of_place(uri)
     os.environ.update(CLIENT_ENVIRONMENT)
     from pretrain.tracking import deliver as delivery  # imports mlflow, which reads the environment
 

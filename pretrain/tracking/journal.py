@@ -316,6 +316,7 @@ def _adopt(restored: Path, path: Path) -> None:
     """Go on with a journal that was brought back, if there is one and none is here. It ends where it was copied, so MLflow
     may have been given more than it tells of."""
     if path.exists() or not restored.is_file():
+        restored.unlink(missing_ok=True)
         return
     with restored.open("r+b") as file:
         _heal(file.fileno(), restored)

@@ -1,5 +1,6 @@
 """Journal to MLflow, into a real embedded store."""
 
+import errno
 import json
 import os
 import sqlite3
@@ -292,6 +293,21 @@ def test_sync_says_what_is_wrong(write, tmp_path):
         assert complaint in done.stderr
         assert "Traceback" not in done.stderr
         assert "hunter2" not in done.stderr
+
+
+def test_a_disk_that_is_full_for_a_while_holds_delivery_up_and_no_more(write, database, monkeypatch):
+    run_dir = write(range(1, 30))
+    save, refusals = progress.Delivered.save, [2]
+
+    def refuse(note, folder):
+        if refusals[0]:
+            refusals[0] -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(note, folder)
+
+    monkeypatch.setattr(progress.Delivered, "save", refuse)
+    assert drain(run_dir, database).points("train/loss") == [(step, step) for step in range(1, 30)]
+    assert refusals == [0]
 
 
 def test_one_run_has_one_drainer(write, database):

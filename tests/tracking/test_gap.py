@@ -120,6 +120,7 @@ def test_a_journal_that_is_there_is_not_replaced_by_a_copy(tmp_path: Path) -> No
         5,
     ]
     assert not list(records.read_ops(journal_path(tmp_path), "gap"))
+    assert not restored_path(tmp_path).exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, b"no journal\n"])

@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -218,13 +219,14 @@ def test_network_file_systems_are_told_from_disks(mounted: None, path: str, kind
 
 
 def test_sqlite_on_a_network_file_system_is_warned_about_in_training_and_refused_for_a_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     from click.testing import CliRunner
 
     from launch.mlflow_server import mlflow_server
     from pretrain.config import RunConfig, TrackingConfig
-    from pretrain.tracking import Tracker
+    from pretrain.track import track
+    from pretrain.tracking import Tracker, drain
 
     monkeypatch.setattr("pretrain.tracking.tracker._start_drainer", lambda *words: None)
     table = tmp_path / "mounts"
@@ -235,6 +237,12 @@ def test_sqlite_on_a_network_file_system_is_warned_about_in_training_and_refused
         Tracker.start(tmp_path / "run", tracking, RunConfig(dir="x"), params={}, tags={}).finish("FINISHED")
     assert "network file system (nfs)" in caplog.text
     assert "launch/mlflow-server" in caplog.text
+    shutil.copy(template, tmp_path / "mlflow.db")
+    monkeypatch.setattr(drain, "CLIENT_ENVIRONMENT", {})
+    synced = CliRunner().invoke(track, ["sync", str(tmp_path / "run")])
+    assert synced.exit_code == 0, synced.output
+    assert "Warning" in synced.stderr
+    assert "network file system (nfs)" in synced.stderr
     refused = CliRunner().invoke(mlflow_server, ["--folder", str(tmp_path / "server")])
     assert isinstance(refused.exception, ConfigError)
     assert "network file system (nfs)" in str(refused.exception)

@@ -261,6 +261,7 @@ def trainer_dies(run_dir: Path, server: Server) -> Row:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_outages_one_by_one_with_the_processes_of_a_training(server: Server, tmp_path: Path) -> None:
     rows = [in_processes(kind, tmp_path / kind, server) for kind in KINDS]
     for kind in ("started down", "killed, back", "never there"):
