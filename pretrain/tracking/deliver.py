@@ -123,6 +123,8 @@ class Drainer:
         if self._from_start:
             found.save(self._run_dir)
             self._from_start = False
+        if not self._is_line_end(self._scanned):  # the journal lost its end since
+            self._scanned = 0
         with self._path.open("rb") as file:
             # Known ahead, so that what a later attempt took the place of is not delivered in the first place.
             for line, end in records.read_lines(file, self._scanned):
@@ -260,9 +262,8 @@ class Drainer:
         same = stored[0] == point[0] or (math.isnan(stored[0]) and math.isnan(point[0]))
         if same or name.startswith(records.WALL_CLOCK):
             return stored
-        return point[0], max(
-            point[1], stored[1] + 1
-        )  # newer, also where this node's clock is behind the lost one's
+        newer = max(point[1], stored[1] + 1)  # also where this node's clock is behind the lost one's
+        return point[0], newer
 
     def _is_superseded(self, record: Record) -> bool:
         return any(

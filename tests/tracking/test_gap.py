@@ -74,6 +74,20 @@ def test_what_stands_where_lost_lines_stood_is_delivered(database: Path, tmp_pat
     assert not (run / "tracking" / "dead_letter.jsonl").exists()
 
 
+def test_who_delivered_before_the_cut_learns_of_what_came_after_it(database: Path, tmp_path: Path) -> None:
+    """A watcher keeps what it knows of a run for as long as it goes round."""
+    run, watcher = tmp_path / "run", Drainer(tmp_path / "run", f"sqlite:///{database}")
+    attempt(run, range(1, 11), from_step=0, perf=100.0, status=None)
+    assert deliver(watcher, lambda: True, 20.0)
+    cut(run, 8)
+    attempt(run, range(6, 12), from_step=5, perf=50.0, status=None)
+    attempt(run, range(9, 13), from_step=8, perf=50.0)
+    assert deliver(watcher, lambda: True, 20.0)
+    stored = Stored(database, run)
+    assert stored.points("train/loss") == [(step, step) for step in range(1, 13)]
+    assert [speed for _, speed in stored.points("perf/speed")] == [100.0] * 10 + [50.0] * 2
+
+
 def test_a_journal_brought_back_with_the_checkpoints_goes_on_in_the_same_run(
     server: Server, tmp_path: Path
 ) -> None:
