@@ -151,7 +151,7 @@ def test_a_seed_that_one_variant_lacks_is_left_out(tmp_path: Path) -> None:
         if run.study is ORDER and run.seed == 1:
             continue
         run.directory.mkdir(parents=True)
-        status = {"status": "finished", "scores": {"val/top1": 0.5}}
+        status = {"status": "finished", "step": 250, "scores": {"val/top1": 0.5}}
         (run.directory / "status.json").write_text(json.dumps(status))
     found = report.collect([ORDER], SHORT, tmp_path)["studies"]["order"]
     assert {tuple(of) for of in found.values()} == {("0", "2")}
