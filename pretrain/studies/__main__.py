@@ -9,11 +9,13 @@ from typing import Any
 import click
 
 from pretrain import command
+from pretrain.data.manifest import NAME as MANIFEST
 from pretrain.demo import fashion_mnist
 from pretrain.errors import ConfigError, UserError
 from pretrain.studies import report
+from pretrain.studies.page import PAGE, renew
 from pretrain.studies.questions import LONG, SHORT, SMOKE, STUDIES, runs_of
-from pretrain.studies.runner import train_all
+from pretrain.studies.runner import refuse_others, train_all
 
 SETTINGS = {setting.name: setting for setting in (SHORT, LONG, SMOKE)}
 
@@ -46,20 +48,29 @@ SETTINGS = {setting.name: setting for setting in (SHORT, LONG, SMOKE)}
 )
 @click.option("--keep", is_flag=True, help="Make what was measured the page's results, figures and tables.")
 @click.option("--write", "page", flag_value="write", help="Only renew the page's tables from its results.")
-@click.option("--check", "page", flag_value="check", help="Only say whether they are those of its results.")
+@click.option(
+    "--check",
+    "page",
+    flag_value="check",
+    help="Only say whether they, and what it says, are those of its results.",
+)
 def studies(
     setting_name: str, names: tuple[str, ...], jobs: int, shards: Path, keep: bool, page: str | None
 ) -> None:
     """Measure the answers of docs/vit-questions.md: small ViTs on Fashion-MNIST, variants paired by seed."""
     if page is not None:
-        renew(report.PAGE, write=page == "write")
+        renew(PAGE, write=page == "write")
         return
     if keep and names:
         raise ConfigError("--keep replaces the results of all studies: leave --study out")
+    if keep and not PAGE.is_file():
+        raise ConfigError(f"--keep needs {PAGE}, which is not here; run this in a clone")
     setting, chosen = SETTINGS[setting_name], [STUDIES[name] for name in names or STUDIES]
     folder = Path("runs") / "studies" / setting.name
     _pack(shards)
-    trained = train_all(runs_of(chosen, setting, folder), jobs, shards)
+    runs = runs_of(chosen, setting, folder)
+    refuse_others(runs, shards)
+    trained = train_all(runs, jobs, shards)
     results = report.collect(chosen, setting, folder)
     _show(results)
     click.echo(f"\nruns trained: {trained}; the others were there. Next: make ui")
@@ -67,21 +78,8 @@ def studies(
         _keep(results, folder)
 
 
-def renew(page: Path, write: bool) -> None:
-    """Bring the page's tables up to date, or raise `ConfigError` where they are not."""
-    try:
-        before = page.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read {page}: {error.strerror}; run this in a clone") from None
-    after = report.with_tables(before, report.read(page.parent / "studies" / report.RESULTS))
-    if write:
-        page.write_text(after, encoding="utf-8")
-    elif after != before:
-        raise ConfigError(f"the tables in {page} are not those of its results: {report.REMEDY}")
-
-
 def _pack(shards: Path) -> None:
-    if (shards / "train").is_dir():
+    if all((shards / split / MANIFEST).is_file() for split in ("train", "val")):
         return
     from rich.console import Console
 
@@ -103,10 +101,10 @@ def _show(results: Mapping[str, Any]) -> None:
 def _keep(results: Mapping[str, Any], folder: Path) -> None:
     from pretrain.studies.picture import hand_off_figures
 
-    kept = report.PAGE.parent / "studies"
+    kept = PAGE.parent / "studies"
     report.save(results, kept / report.RESULTS)
     hand_off_figures(folder, kept)
-    renew(report.PAGE, write=True)
+    renew(PAGE, write=True)
 
 
 if __name__ == "__main__":

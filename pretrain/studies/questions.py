@@ -20,10 +20,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Study:
-    """A question's variants; the first one is what the others are compared with."""
+    """A question's variants; the first one is what the others are compared with.
+
+    groups: names of variants that are alike in how much they vary, each group apart from the others; none: all are.
+    """
 
     name: str
     variants: tuple[Variant, ...]
+    groups: tuple[tuple[str, ...], ...] = ()
 
     @property
     def config(self) -> Path:
@@ -101,6 +105,11 @@ HANDOFF = Study(
         Variant("reset", ("init.position=reset",), base=BASE),
         Variant("drop", ("init.position=drop",), base=BASE),
         Variant("no PE in either stage", ("model.pos_embed=none",), base="position/none"),
+    ),
+    # Kernels start from the same table, moved a little: a seed changes far less about them than about the others.
+    groups=(
+        ("resize, bicubic", "resize, bilinear", "resize, align_corners"),
+        ("reset", "drop", "no PE in either stage"),
     ),
 )
 

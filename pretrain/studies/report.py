@@ -1,21 +1,19 @@
-"""Results as data in docs/studies, and the tables of docs/vit-questions.md written from them."""
+"""Results as data in docs/studies, and what they say: a table for each study, and in a word what stands out of it."""
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.layout import replace_file
 from pretrain.errors import ConfigError
-from pretrain.studies.questions import STUDIES, Setting, Study, directory
+from pretrain.studies.questions import Setting, Study, directory
 from pretrain.studies.runner import finished
-from pretrain.studies.statistics import Comparison, compare
+from pretrain.studies.statistics import Comparison, Row, compare
 
-PAGE = Path("docs/vit-questions.md")
 RESULTS = "results.json"
-REMEDY = "run `python -m pretrain.studies --write`"
+NOISE = "noise"
 
 Scores = Mapping[str, Mapping[str, Mapping[str, float]]]
 """variant -> seed -> measure -> share of the validation images."""
@@ -54,28 +52,60 @@ def save(results: Mapping[str, Any], path: Path) -> None:
     replace_file(path, json.dumps(results, indent=1) + "\n")
 
 
+def read(path: Path) -> Mapping[str, Any]:
+    """What `save` wrote; raises `ConfigError` where it cannot be read."""
+    try:
+        results: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the results {path}: {error}") from None
+    return results
+
+
+def compared(study: Study, scores: Scores) -> dict[str, Comparison]:
+    """Each measure of a study, its variants with the first one; none where no seed is complete."""
+    seeds, names = sorted(next(iter(scores.values()))), list(scores)
+    groups = [[names.index(name) for name in group] for group in study.groups]
+    measures = ("first", "top1") if study.is_handoff else ("top1",)
+    return {
+        measure: compare([[of[seed][measure] for seed in seeds] for of in scores.values()], groups)
+        for measure in measures
+        if seeds
+    }
+
+
+def findings(study: Study, scores: Scores) -> dict[str, str]:
+    """For each measure the variants that stand out, as `below: none; relative, above: rope_2d`, or `noise`."""
+    names = list(scores)
+    found = {}
+    for measure, comparison in compared(study, scores).items():
+        pairs = list(zip(names, comparison.rows, strict=True))
+        below = [name for name, row in pairs if row.stands_out and row.difference < 0]
+        above = [name for name, row in pairs if row.stands_out and row.difference > 0]
+        words = [f"{word}: {'; '.join(of)}" for word, of in (("below", below), ("above", above)) if of]
+        found[measure] = ", ".join(words) or NOISE
+    return found
+
+
 def table(study: Study, scores: Scores) -> str:
     """A study's results in Markdown: a row for each variant, and below what may be read from it."""
-    measures = ("first", "top1") if study.is_handoff else ("top1",)
-    seeds = sorted(next(iter(scores.values())))
-    if not seeds:
+    found = compared(study, scores)
+    if not found:
         return "Not measured yet."
-    found = {
-        measure: compare([[of[seed][measure] for seed in seeds] for of in scores.values()])
-        for measure in measures
-    }
     head = ["variant"]
-    for measure in measures:
+    for measure in found:
         head += [_title(measure, study), "difference"]
     lines = [head, ["---"] * len(head)]
     for number, name in enumerate(scores):
         cells = [f"`{name}`"]
         for comparison in found.values():
             row = comparison.rows[number]
-            cells += [_with_spread(row.mean, row.spread), _difference(comparison, number)]
+            cells += [
+                _with_spread(row.mean, row.spread),
+                _difference(row) if number else "compared with",
+            ]
         lines.append(cells)
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return text + "\n\n" + " ".join(_verdict(m, c, study) for m, c in found.items())
+    return text + "\n\n" + " ".join(_verdict(m, c, study, list(scores)) for m, c in found.items())
 
 
 def _title(measure: str, study: Study) -> str:
@@ -88,43 +118,22 @@ def _with_spread(mean: float, spread: float) -> str:
     return f"{mean:.2%}" if math.isnan(spread) else f"{mean:.2%} ± {100 * spread:.2f}"
 
 
-def _difference(comparison: Comparison, number: int) -> str:
-    if number == 0:
-        return "compared with"
-    row = comparison.rows[number]
+def _difference(row: Row) -> str:
     text = f"{100 * row.difference:+.2f}"
-    return f"**{text}**" if comparison.stands_out(row) else text
+    return f"**{text}**" if row.stands_out else text
 
 
-def _verdict(measure: str, comparison: Comparison, study: Study) -> str:
+def _verdict(measure: str, comparison: Comparison, study: Study, names: Sequence[str]) -> str:
     name = _title(measure, study)
     if comparison.seeds < 2:
         return f"{name}: one seed, so nothing here can be told from noise."
-    of = f"{name}, {comparison.seeds} seeds: the smallest detectable difference is {100 * comparison.detectable:.2f} points"
+    groups = study.groups or (names[1:],)
+    bounds = [100 * comparison.rows[names.index(group[0])].detectable for group in groups]
+    points = " and ".join(
+        f"{bound:.2f} points" + (f" for {', '.join(f'`{each}`' for each in group)}" if study.groups else "")
+        for bound, group in zip(bounds, groups, strict=True)
+    )
+    of = f"{name}, {comparison.seeds} seeds: the smallest detectable difference is {points}"
     if comparison.only_noise:
         return f"{of}; no difference reaches it, so these figures show only noise."
     return f"{of}; in bold what exceeds it."
-
-
-def markers(name: str) -> tuple[str, str]:
-    return f"<!-- study {name}: begin -->", f"<!-- study {name}: end -->"
-
-
-def with_tables(page: str, results: Mapping[str, Any]) -> str:
-    """The page with the table of each study renewed; raises `ConfigError` where it has no place for one."""
-    for name, scores in results["studies"].items():
-        begin, end = markers(name)
-        parts = re.split(f"{re.escape(begin)}.*?{re.escape(end)}", page, flags=re.DOTALL)
-        if len(parts) != 2:
-            raise ConfigError(f"the page has no place for the study {name}: {begin} ... {end}")
-        page = f"{begin}\n{table(STUDIES[name], scores)}\n{end}".join(parts)
-    return page
-
-
-def read(path: Path) -> Mapping[str, Any]:
-    """What `save` wrote; raises `ConfigError` where it cannot be read."""
-    try:
-        results: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the results {path}: {error}") from None
-    return results

@@ -1,5 +1,6 @@
 """Train what has not been trained yet, several runs at a time, each by the command that a user would type."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,8 +12,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pretrain.config import load
+from pretrain.config.resume import changed_keys
+from pretrain.data import open_dataset
 from pretrain.errors import RunDirError, UserError
-from pretrain.run_dir import read_status
+from pretrain.run_dir import CONFIG, PLAN, read_status
 from pretrain.studies.questions import Run
 
 _LOOK_SECONDS = 0.2
@@ -31,6 +35,25 @@ def finished(directory: Path) -> Mapping[str, Any] | None:
     except RunDirError:
         return None
     return status if status["status"] == "finished" else None
+
+
+def refuse_others(runs: Sequence[Run], shards: Path) -> None:
+    """Raise `UserError` where a finished run was trained with other settings or other data than it would be now: it is
+    not trained again, so its scores would stand for what they are not."""
+    digests = {f"{split}_digest": open_dataset(str(shards / split)).digest for split in ("train", "val")}
+    for run in runs:
+        if finished(run.directory) is None:
+            continue
+        before, now = load(run.directory / CONFIG), load(run.study.config, run.overrides)
+        words = [change.words for change in changed_keys(before, now)]
+        if before.train.total_steps != now.train.total_steps:
+            words.append(f"train.total_steps: {before.train.total_steps} -> {now.train.total_steps}")
+        plan = json.loads((run.directory / PLAN).read_text())
+        words += [f"other shards ({name})" for name, digest in digests.items() if plan[name] != digest]
+        if words:
+            raise UserError(
+                f"{run.directory} was trained otherwise ({'; '.join(words)}): move {run.folder} away to train anew"
+            )
 
 
 def train_all(runs: Sequence[Run], jobs: int, shards: Path) -> int:

@@ -5,7 +5,7 @@ by seed: a randomized block design, seeds as blocks. Plain functions of numbers.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
@@ -13,39 +13,58 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Row:
-    """One variant: its mean, its spread over seeds (standard deviation, n - 1), and its mean difference from the first."""
+    """One variant: its mean, its spread over seeds (standard deviation, n - 1), and its mean difference from the first.
+
+    detectable: the smallest such difference that is told from noise with 95 % confidence for all rows of the table
+    together (Bonferroni); infinite with one seed. Of the first row it says nothing.
+    """
 
     mean: float
     spread: float
     difference: float
+    detectable: float
+
+    @property
+    def stands_out(self) -> bool:
+        """Whether the difference is more than noise explains."""
+        return abs(self.difference) > self.detectable
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """detectable: the smallest difference from the first variant that is told from noise with 95 % confidence, for all of
-    the variants together (Bonferroni); infinite with one seed."""
-
     rows: tuple[Row, ...]
     seeds: int
-    detectable: float
-
-    def stands_out(self, row: Row) -> bool:
-        """Whether the difference is more than noise explains."""
-        return abs(row.difference) > self.detectable
 
     @property
     def only_noise(self) -> bool:
-        return not any(self.stands_out(row) for row in self.rows)
+        return not any(row.stands_out for row in self.rows)
 
 
-def compare(scores: Sequence[Sequence[float]]) -> Comparison:
-    """scores [V, n], V at least 2."""
-    first = scores[0]
+def compare(scores: Sequence[Sequence[float]], groups: Sequence[Collection[int]] = ()) -> Comparison:
+    """scores [V, n], V at least 2.
+
+    groups: numbers of rows whose noise is estimated apart from that of the others, each group with the first row. None
+    given: one noise for all rows. Rows that differ in how much they vary hide small differences of the quiet ones, and
+    make differences of noise alone in the loud ones, where one noise is taken for all.
+    """
+    first, others = scores[0], range(1, len(scores))
+    groups = groups or [others]
+    assert sorted(number for group in groups for number in group) == list(others)
+    noise = {
+        number: detectable([first, *(scores[member] for member in group)], len(others))
+        for group in groups
+        for number in group
+    }
     rows = tuple(
-        Row(mean(row), spread(row), mean([ours - base for ours, base in zip(row, first, strict=True)]))
-        for row in scores
+        Row(
+            mean(row),
+            spread(row),
+            mean([ours - base for ours, base in zip(row, first, strict=True)]),
+            noise.get(number, math.inf),
+        )
+        for number, row in enumerate(scores)
     )
-    return Comparison(rows, len(first), detectable(scores))
+    return Comparison(rows, len(first))
 
 
 def mean(values: Sequence[float]) -> float:
@@ -73,13 +92,13 @@ def residual_variance(scores: Sequence[Sequence[float]]) -> float:
     return squares / ((len(scores) - 1) * (len(of_seed) - 1))
 
 
-def detectable(scores: Sequence[Sequence[float]]) -> float:
-    """t sqrt(2 s^2 / n), s^2 the residual variance: of two variants the bound of the paired t-test."""
+def detectable(scores: Sequence[Sequence[float]], comparisons: int) -> float:
+    """t sqrt(2 s^2 / n), s^2 the residual variance, for one of `comparisons` in a table: of two variants and one
+    comparison the bound of the paired t-test."""
     from scipy.stats import t
 
     variants, seeds = len(scores), len(scores[0])
     if seeds < 2:
         return math.inf
-    freedom = (variants - 1) * (seeds - 1)
-    tail = (1 - CONFIDENCE) / 2 / (variants - 1)
-    return float(t.isf(tail, freedom)) * math.sqrt(2 * residual_variance(scores) / seeds)
+    tail = (1 - CONFIDENCE) / 2 / comparisons
+    return float(t.isf(tail, (variants - 1) * (seeds - 1))) * math.sqrt(2 * residual_variance(scores) / seeds)
