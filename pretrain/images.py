@@ -1,13 +1,21 @@
-"""A few real images of a run's validation set, as the model was evaluated on them."""
+"""A few real images: of a run's validation set, as the model was evaluated on them, or of a photograph that is always there."""
 
+import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
 
-from pretrain.config import Config, for_evaluation, resolve
+from pretrain.config import Config, ModelConfig, for_evaluation, resolve
 from pretrain.config.plan import Hardware
 from pretrain.data import facts, open_dataset
 from pretrain.data.loader import EvalLoader
 from pretrain.errors import DataError
 from pretrain.logs import log
+
+_PHOTOGRAPH = "grace_hopper.jpg"
+"""A picture that matplotlib brings along, for comparing on something that is not noise."""
+
+_NUM_PARTS = 8
 
 
 def validation_images(config: Config, count: int = 16) -> Tensor | None:
@@ -24,3 +32,24 @@ def validation_images(config: Config, count: int = 16) -> Tensor | None:
     with EvalLoader(dataset, reading.data, reading.model, plan, rank=0) as loader:
         batch = next(iter(loader))
     return batch.images[batch.weights > 0]
+
+
+def photographs(model: ModelConfig) -> Tensor | None:
+    """uint8 [8, H, W, C]: parts of a photograph at the model's size; None where it is not at hand."""
+    from matplotlib.cbook import get_sample_data
+
+    try:
+        file = get_sample_data(_PHOTOGRAPH, asfileobj=False)
+        with Image.open(str(file)) as photograph:
+            picture = photograph.convert("RGB" if model.in_chans == 3 else "L")
+    except OSError:
+        return None
+    height, width = model.img_size
+    parts = []
+    for number in range(_NUM_PARTS):
+        side = min(picture.size) * (number + 4) // (_NUM_PARTS + 4)
+        left = (picture.width - side) * number // _NUM_PARTS
+        top = (picture.height - side) * (_NUM_PARTS - 1 - number) // _NUM_PARTS
+        part = picture.resize((width, height), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+        parts.append(np.asarray(part).reshape(height, width, model.in_chans))
+    return torch.from_numpy(np.stack(parts))

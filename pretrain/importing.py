@@ -12,14 +12,9 @@ from pretrain.formats import IMPORTS, Importer, importer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pretrain.config import ModelConfig
     from pretrain.formats.source import Imported
 
 _ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "elu", "silu")
-_PHOTOGRAPH = "grace_hopper.jpg"
-"""A picture that matplotlib brings along, for comparing on something that is not noise."""
-
-_NUM_IMAGES = 8
 
 
 def _numbers(_: click.Context, option: click.Parameter, text: str | None) -> tuple[float, ...] | None:
@@ -54,7 +49,11 @@ def _numbers(_: click.Context, option: click.Parameter, text: str | None) -> tup
 )
 @click.option("--num-heads", type=click.IntRange(min=1), help="Of a state dict without a model's name.")
 @click.option("--act", type=click.Choice(_ACTIVATIONS), help="Activation, where the source does not say it.")
-@click.option("--norm-eps", type=float, help="Epsilon of LayerNorm, where the source does not say it.")
+@click.option(
+    "--norm-eps",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Epsilon of LayerNorm, where the source does not say it.",
+)
 @click.option("--mean", callback=_numbers, help="Of the input: subtracted from pixels in [0, 1].")
 @click.option("--std", callback=_numbers, help="Of the input: divides them.")
 @click.option("--licence", help="Of the weights, for the model card.")
@@ -70,12 +69,17 @@ def import_(
     from pretrain.formats.files import About
     from pretrain.formats.source import Hints
     from pretrain.formats.write import write_export
+    from pretrain.images import photographs
 
     if not source.exists():
         raise CheckpointError(f"{source}: there is no such file or folder")
     name = form or _recognised(source)
     library = importer(name)
-    hints = {key: value for key, value in hints.items() if value}
+    if out.resolve() == source.resolve():
+        raise CheckpointError(
+            f"{out} is the source itself, which the import would replace; give another --out"
+        )
+    hints = {key: value for key, value in hints.items() if value is not None}
     if idle := sorted(hints.keys() - library.HINTS):
         flags = ", ".join(f"--{key.replace('_', '-')}" for key in idle)
         raise CheckpointError(f"{flags}: a source of format {name} says that itself; leave it out")
@@ -87,7 +91,7 @@ def import_(
         About(_lineage(source, name, imported), imported.preprocess, imported.class_names, licence=licence),
         out,
         "safetensors",
-        images=None if no_verify else _photographs(imported.model),
+        images=None if no_verify else photographs(imported.model),
         expected=proof,
         before_head=not imported.has_head,
         verify=not no_verify,
@@ -114,7 +118,7 @@ def _recognised(source: Path) -> str:
 def _by_the_library(library: Importer, source: Path, imported: "Imported", images: "Tensor") -> "Tensor":
     """What the library itself answers. What it raises on a source that was found sound is its own word on it."""
     try:
-        return library.answers(source, imported, images)
+        return library.judge(source, imported)(images)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
         words = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise CheckpointError(
@@ -134,27 +138,3 @@ def _lineage(source: Path, name: str, imported: "Imported") -> dict[str, Any]:
         "notes": list(imported.notes),
         "code": code_facts(),
     }
-
-
-def _photographs(model: "ModelConfig") -> "Tensor | None":
-    """uint8 [8, H, W, C]: parts of a photograph at the model's size; None where it is not at hand."""
-    import numpy as np
-    import torch
-    from matplotlib.cbook import get_sample_data
-    from PIL import Image
-
-    try:
-        file = get_sample_data(_PHOTOGRAPH, asfileobj=False)
-        with Image.open(str(file)) as photograph:
-            picture = photograph.convert("RGB" if model.in_chans == 3 else "L")
-    except OSError:
-        return None
-    height, width = model.img_size
-    parts = []
-    for number in range(_NUM_IMAGES):
-        side = min(picture.size) * (number + 4) // (_NUM_IMAGES + 4)
-        left = (picture.width - side) * number // _NUM_IMAGES
-        top = (picture.height - side) * (_NUM_IMAGES - 1 - number) // _NUM_IMAGES
-        part = picture.resize((width, height), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
-        parts.append(np.asarray(part).reshape(height, width, model.in_chans))
-    return torch.from_numpy(np.stack(parts))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from pretrain.errors import BadSampleError, DataError, ExportError
+from pretrain.errors import BadSampleError, CheckpointError, DataError, ExportError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +20,16 @@ MAX_PIXELS = 178_956_970
 """Of one image, twice what Pillow warns at."""
 
 _UNPREDICTABLE = {"mlflow": "an MLflow model names code to load it with: serve it with `mlflow models serve`"}
+
+_WEIGHTS = {
+    "safetensors": "model.safetensors",
+    "timm": "model.safetensors",
+    "transformers": "model.safetensors",
+    "bigvision": "model.npz",
+    "onnx": "model.onnx",
+}
+_READ_AS_A_SOURCE = {"timm": "timm", "transformers": "transformers"}
+"""Formats whose own config.json says what a library is to build, and the importer that takes only what it knows from it."""
 
 
 class Picture(NamedTuple):
@@ -46,7 +56,6 @@ def predict(export: Path, images: tuple[Path, ...], top: int, batch: int, as_jso
     Images are resized and cropped as in the model's validation. One that cannot be read is named and passed over; the
     command then ends with exit code 3 once the others are done.
     """
-    from pretrain.formats import exporter
     from pretrain.formats.files import read_provenance, verify
 
     found = read_provenance(export)
@@ -55,16 +64,40 @@ def predict(export: Path, images: tuple[Path, ...], top: int, batch: int, as_jso
     files = list(_files(images))
     if not files:
         raise DataError(f"there is no image ({', '.join(SUFFIXES)}) in {', '.join(map(str, images))}")
+    if _WEIGHTS[found.format] not in found.files:
+        raise CheckpointError(f"{export}/config.json is damaged: it does not name its weights")
     verify(export, found)
-    answer = exporter(found.format).load(export)
+    answer = _opened(export, found)
     pictures = list(_classified(answer, found, files, top, batch))
     names = found.class_names
     click.echo(_as_json(pictures, names) if as_json else _as_table(pictures, names))
     bad = [picture for picture in pictures if picture.problem]
     for picture in bad:
-        click.echo(f"not classified: {picture.path}: {picture.problem}", err=True)
+        click.echo(_printable(f"not classified: {picture.path}: {picture.problem}"), err=True)
     if bad:
         raise DataError(f"{len(bad)} of {len(pictures)} images could not be read")
+
+
+def _opened(export: Path, found: "Provenance") -> "Callable[[Tensor], Tensor]":
+    """The exported model, uint8 images to logits. An export may be a stranger's: what its config.json says to the library
+    is vetted as that of any source."""
+    from pretrain.formats import exporter, importer
+    from pretrain.formats.source import Hints
+
+    if (height := found.config.img_size[0]) * (width := found.config.img_size[1]) > MAX_PIXELS:
+        raise CheckpointError(
+            f"{export} is of a model of images of {height} x {width} pixels, which is too large"
+        )
+    if found.format not in _READ_AS_A_SOURCE:
+        return exporter(found.format).load(export)
+    library = importer(_READ_AS_A_SOURCE[found.format])
+    imported = library.read(export, Hints())
+    for name in ("img_size", "in_chans", "num_classes"):
+        if (theirs := getattr(imported.model, name)) != (ours := getattr(found.config, name)):
+            raise CheckpointError(
+                f"{export}/config.json says two things of the model: {name} {theirs} and {ours}"
+            )
+    return library.judge(export, imported)
 
 
 def _files(given: Iterable[Path]) -> Iterator[Path]:
@@ -88,10 +121,17 @@ def _classified(
         for start in range(0, len(files), batch):
             read = [(path, *_read(path, model, view)) for path in files[start : start + batch]]
             good = [pixels for _, pixels, _ in read if pixels is not None]
-            rows = iter(_best(answer(torch.stack(good)), found, top) if good else ())
+            rows = iter(_best(_answered(answer, torch.stack(good), model), found, top) if good else ())
             for path, pixels, problem in read:
                 yield Picture(path, [] if pixels is None else next(rows), problem)
             bar.update(len(read))
+
+
+def _answered(answer: "Callable[[Tensor], Tensor]", images: "Tensor", model: "ModelConfig") -> "Tensor":
+    logits = answer(images)
+    if logits.shape != (wanted := (len(images), model.num_classes)):
+        raise CheckpointError(f"the export answers {list(logits.shape)} where {list(wanted)} is expected")
+    return logits
 
 
 def _view(found: "Provenance") -> Any:
@@ -148,5 +188,10 @@ def _as_table(pictures: list[Picture], names: tuple[str, ...] | None) -> str:
     for picture in pictures:
         if not picture.problem:
             words = [f"{names[number] if names else number} {share:.1%}" for number, share in picture.top]
-            lines.append(f"{picture.path}: {', '.join(words)}")
+            lines.append(_printable(f"{picture.path}: {', '.join(words)}"))
     return "\n".join(lines)
+
+
+def _printable(text: str) -> str:
+    """For a terminal: names of files and classes may hold its commands, or what is no text."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

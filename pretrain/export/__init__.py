@@ -12,7 +12,7 @@ from pretrain.formats import EXPORTS
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("source", metavar="RUN", type=click.Path(path_type=Path))
 @click.option(
     "--format",
     "form",
@@ -24,9 +24,7 @@ from pretrain.formats import EXPORTS
 @click.option(
     "--which",
     type=click.Choice(["best", "last"]),
-    default="last",
-    show_default=True,
-    help="Which checkpoint of the run.",
+    help="Which checkpoint of the run.  [default: last]",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write. [default: RUN/export/FORMAT]")
 @click.option(
@@ -37,40 +35,44 @@ from pretrain.formats import EXPORTS
 @click.option("--licence", help="Of the weights, for the model card: an SPDX name such as apache-2.0.")
 @click.option("--no-verify", is_flag=True, help="Do not load the export again and compare its logits.")
 def export(
-    run: Path,
+    source: Path,
     form: str,
-    which: str,
+    which: str | None,
     out: Path | None,
     fold_normalization: bool,
     licence: str | None,
     no_verify: bool,
 ) -> None:
-    """Write a checkpoint of RUN, a run directory or a step folder of one, for other programs.
+    """Write a checkpoint of RUN, a run directory or a step folder of one, for other programs; or what `pretrain import`
+    wrote, so that weights go from one library to another.
 
     The export is loaded again by the library it is for, and its logits on validation images are compared with those
     of the checkpoint; where they differ nothing is left behind.
     """
-    from pretrain.checkpoint.load import open_weights
-    from pretrain.export.lineage import about
+    from pretrain.export.opened import open_source
+    from pretrain.formats.files import is_export
     from pretrain.formats.write import write_export
-    from pretrain.images import validation_images
 
     if out is None:
-        if not (run / "checkpoints").is_dir():
-            raise ExportError(f"{run} is not a run directory: say where to write with --out")
-        out = run / "export" / form
-    found = open_weights(run, which)
+        if not (source / "checkpoints").is_dir():
+            raise ExportError(f"{source} is not a run directory: say where to write with --out")
+        out = source / "export" / form
+    if out.resolve() == source.resolve():
+        raise ExportError(f"{out} is what is to be exported, and would be replaced; give another --out")
+    if which is not None and is_export(source):
+        raise ExportError(f"--which {which}: {source} holds one model and no checkpoints; leave it out")
+    found = open_source(source, which or "last", licence)
     done = write_export(
         found.weights,
         found.model,
-        about(found, licence),
+        found.about,
         out,
         form,
         fold_normalization=fold_normalization,
-        images=None if no_verify else validation_images(found.config),
+        images=None if no_verify else found.images(),
         verify=not no_verify,
     )
-    click.echo(f"{form}: {done.parameters:,} parameters of step {found.step:,} in {done.path}")
+    click.echo(f"{form}: {done.parameters:,} parameters of {found.name} in {done.path}")
     if done.difference is None:
         click.echo("not verified (--no-verify)")
     else:

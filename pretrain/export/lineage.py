@@ -10,7 +10,16 @@ from pretrain.checkpoint.load import WeightsFile
 from pretrain.config import Config
 from pretrain.data import open_dataset
 from pretrain.errors import CheckpointError, DataError
-from pretrain.formats.files import About, Preprocess, is_export, read_json, read_provenance
+from pretrain.formats.files import (
+    CONFIG,
+    About,
+    Preprocess,
+    Provenance,
+    is_export,
+    read_json,
+    read_provenance,
+    sha256,
+)
 from pretrain.lineage import code_facts
 from pretrain.logs import log
 from pretrain.redact import redact_text
@@ -32,6 +41,17 @@ def about(found: WeightsFile, licence: str | None) -> About:
         "sigmoid" if config.objective.name == "sigmoid" else "softmax",
         _clean(licence),
         _recipe(config),
+    )
+
+
+def about_again(folder: Path, found: Provenance, licence: str | None) -> About:
+    """What goes with the weights of an export that is written in another format: all that went with them before."""
+    return About(
+        {**found.lineage, "export_of": {"folder": folder.name, "sha256": sha256(folder / CONFIG)}},
+        found.preprocess,
+        found.class_names,
+        "sigmoid" if found.probabilities == "sigmoid" else "softmax",
+        licence or found.licence,
     )
 
 

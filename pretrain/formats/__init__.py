@@ -2,7 +2,7 @@
 library loads it again. `pretrain export`, `pretrain import` and `pretrain predict` are built on these.
 
 A module that is in `EXPORTS` has `inexpressible`, `adapt`, `write` and `load` (`Exporter`), one in `IMPORTS` has
-`recognises`, `read` and `answers` (`Importer`). Where names differ from ours, one table of them serves both ways.
+`recognises`, `read` and `judge` (`Importer`). Where names differ from ours, one table of them serves both ways.
 
 This file names them without importing any, so that `--help` answers at once.
 """
@@ -67,8 +67,9 @@ class Importer(Protocol):
     def read(self, source: Path, hints: "Hints") -> "Imported":
         """Weights and config as we say them; raises `CheckpointError` with all that is wrong or inexpressible."""
 
-    def answers(self, source: Path, imported: "Imported", images: "Tensor") -> "Tensor":
-        """What the library itself makes of uint8 images: logits, or the head's input where there is no head."""
+    def judge(self, source: Path, imported: "Imported") -> "Callable[[Tensor], Tensor]":
+        """The library's own network of what was read: a function of uint8 images [B, H, W, C] to logits [B, K], or to the
+        head's input where there is no head. Nothing in a config of the source is believed that `read` has not vetted."""
 
 
 def exporter(name: str) -> Exporter:

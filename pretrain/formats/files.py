@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from pydantic import ValidationError
+
 from pretrain.config import ModelConfig
 from pretrain.errors import CheckpointError
 from pretrain.formats import EXPORTS
@@ -67,8 +69,8 @@ class Provenance:
         """Raises `CheckpointError` where this release does not know such a model."""
         try:
             return ModelConfig.model_validate_json(json.dumps(self.model))
-        except ValueError as error:
-            raise CheckpointError(f"an export of a model that is not one: {error}") from None
+        except ValidationError as error:
+            raise CheckpointError(f"an export of a model that is not one: {in_a_line(error)}") from None
 
     @property
     def preprocess(self) -> Preprocess:
@@ -78,6 +80,14 @@ class Provenance:
         if interpolation not in ("bilinear", "bicubic"):
             raise CheckpointError(f"input.interpolation is {interpolation!r}; it is bilinear or bicubic")
         return Preprocess(float(crop), interpolation)
+
+
+def in_a_line(error: ValidationError) -> str:
+    """What is wrong with settings, each with its name."""
+    return "; ".join(
+        ": ".join([".".join(map(str, each["loc"])), each["msg"]] if each["loc"] else [each["msg"]])
+        for each in error.errors(include_url=False, include_context=False)
+    )
 
 
 def input_of(model: ModelConfig, preprocess: Preprocess) -> dict[str, Any]:
@@ -104,14 +114,16 @@ def sha256(path: Path) -> str:
 
 
 def hashes(folder: Path) -> dict[str, tuple[int, str]]:
-    """Size and sha256 of every file below a folder but its config.json, by name within it."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CONFIG)
+    """Size and sha256 of every file below a folder, by name within it."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): (path.stat().st_size, sha256(path)) for path in found}
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a small file; raises `CheckpointError`."""
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} cannot be read: it is no file")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES:,} bytes: that is no config")
         document = json.loads(path.read_bytes())
@@ -143,6 +155,10 @@ def read_provenance(folder: Path) -> Provenance:
             raise ValueError(f"it has format {document.get('format')!r}")
         names = document.get("class_names")
         found = Provenance(**document | {"class_names": None if names is None else tuple(map(str, names))})
+        if not all(isinstance(part, dict) for part in (found.files, found.model, found.input, found.lineage)):
+            raise ValueError("its files, model, input or lineage is no JSON object")
+        if names is not None and (isinstance(names, str) or len(names) != found.model.get("num_classes")):
+            raise ValueError("it has not one name for each class")
         for name, (size, digest) in found.files.items():
             if not isinstance(size, int) or not isinstance(digest, str):
                 raise ValueError(f"of {name!r} it has no size and hash")
@@ -160,7 +176,7 @@ def verify(folder: Path, found: Provenance) -> None:
         if name == CARD:
             continue  # a card is for people, who fill in the licence
         try:
-            same = path.stat().st_size == size and sha256(path) == digest
+            same = path.stat().st_size == size and path.is_file() and sha256(path) == digest
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
         if not same:

@@ -16,8 +16,9 @@ from torch import Tensor
 from pretrain.config import ModelConfig
 from pretrain.distributed import Ranks
 from pretrain.errors import CheckpointError
-from pretrain.formats.files import CONFIG, WEIGHTS, About, read_provenance, sha256, verify
+from pretrain.formats.files import CONFIG, WEIGHTS, About, Provenance, read_provenance, sha256, verify
 from pretrain.model import LazyWeights, VisionTransformer, build
+from pretrain.transfer.fits import wrong_weights
 
 HOW_TO_LOAD = "pretrain.formats.native.load_export('{folder}'), or init.from: {folder}"
 NAME = "safetensors"
@@ -53,6 +54,18 @@ def load_export(folder: Path | str) -> tuple[VisionTransformer, ModelConfig]:
         return build(config, load_file(folder / WEIGHTS)), config
     except (ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} does not hold the model that it describes: {error}") from None
+
+
+def open_export(folder: Path) -> tuple[Mapping[str, Tensor], Provenance]:
+    """The weights of a verified export, read when they are asked for, and all that its config.json says of them."""
+    _verified(folder)
+    found = read_provenance(folder)
+    with _opened(folder / WEIGHTS) as tensors:
+        names = list(tensors.keys())
+    weights = LazyWeights({name: _reader(folder / WEIGHTS, name) for name in names})
+    if problems := wrong_weights(weights, found.config):
+        raise CheckpointError(f"{folder} does not hold the model that it describes: {'; '.join(problems)}")
+    return weights, found
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,8 @@ def open_export_together(folder: Path, ranks: Ranks) -> ExportedWeights:
         with _opened(file) as tensors:
             names = list(tensors.keys())
     weights = LazyWeights({name: _reader(file, name) for name in names})
-    return ExportedWeights(folder, int(found.lineage.get("step") or 0), digest, found.config, weights)
+    step = found.lineage.get("step")
+    return ExportedWeights(folder, step if isinstance(step, int) else 0, digest, found.config, weights)
 
 
 def _verified(folder: Path) -> ModelConfig:

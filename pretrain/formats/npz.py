@@ -124,7 +124,7 @@ def write(folder: Path, weights: Mapping[str, Tensor], model: ModelConfig, about
 
 def load(folder: Path) -> Callable[[Tensor], Tensor]:
     found = read(folder / FILE, Hints(img_size=read_provenance(folder).config.img_size))
-    return lambda images: answers(folder / FILE, found, images)
+    return judge(folder / FILE, found)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def read(source: Path, hints: Hints) -> Imported:
     return checked(imported, str(source))
 
 
-def answers(source: Path, imported: Imported, images: Tensor) -> Tensor:
+def judge(source: Path, imported: Imported) -> Callable[[Tensor], Tensor]:
     """timm's own reading of the very file; what timm drops, the tanh layer and the head behind it, in plain numbers."""
     library()
     from timm.models.vision_transformer import VisionTransformer
@@ -169,11 +169,15 @@ def answers(source: Path, imported: Imported, images: Tensor) -> Tensor:
     net = VisionTransformer(**settings(model) | ({} if whole else {"num_classes": 0})).eval()
     with _plain(source, tensors) as file:
         net.load_pretrained(str(file))
-    answer = run(net, images, *per_channel(model))
-    if model.representation_size is None:
-        return answer
-    hidden = torch.tanh(answer @ tensors["pre_logits/kernel"] + tensors["pre_logits/bias"])
-    return hidden @ tensors["head/kernel"] + tensors["head/bias"] if imported.has_head else hidden
+
+    def answer(images: Tensor) -> Tensor:
+        seen = run(net, images, *per_channel(model))
+        if model.representation_size is None:
+            return seen
+        hidden = torch.tanh(seen @ tensors["pre_logits/kernel"] + tensors["pre_logits/bias"])
+        return hidden @ tensors["head/kernel"] + tensors["head/bias"] if imported.has_head else hidden
+
+    return answer
 
 
 @contextmanager

@@ -63,7 +63,14 @@ def load(folder: Path) -> Callable[[Tensor], Tensor]:
         session = runtime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
     except Exception as error:  # of onnxruntime's own dozen kinds
         raise CheckpointError(f"{folder / FILE} cannot be loaded: {str(error)[:300]}") from None
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+    def answer(images: Tensor) -> Tensor:
+        try:
+            return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+        except Exception as error:
+            raise CheckpointError(f"{folder / FILE} cannot be run: {str(error)[:300]}") from None
+
+    return answer
 
 
 def _library(name: str) -> Any:

@@ -14,13 +14,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pretrain.config import ModelConfig
 from pretrain.errors import CheckpointError
-from pretrain.formats.files import AS_IT_IS, WEIGHTS, Preprocess, read_json
+from pretrain.formats.files import AS_IT_IS, WEIGHTS, Preprocess, in_a_line, read_json
 from pretrain.transfer.fits import wrong_weights
 
 INDEX = f"{WEIGHTS}.index.json"
@@ -95,8 +96,8 @@ def model_config(settings: Mapping[str, Any], where: str) -> ModelConfig:
             raise CheckpointError(f"{where} has {key} {value}, which is larger than any network")
     try:
         return ModelConfig.model_validate(settings)
-    except ValueError as error:
-        raise CheckpointError(f"{where} describes a model that cannot be: {error}") from None
+    except ValidationError as error:
+        raise CheckpointError(f"{where} describes a model that cannot be: {in_a_line(error)}") from None
 
 
 def zero_head(weights: dict[str, Tensor], width: int) -> dict[str, Tensor]:

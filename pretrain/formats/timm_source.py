@@ -102,17 +102,17 @@ def read(source: Path, hints: Hints) -> Imported:
         model,
         has_head,
         _preprocess(own),
-        _class_names(source),
-        notes=tuple(_notes(net, has_head)),
+        _class_names(source) if has_head else None,
+        notes=tuple(_notes(net, own, has_head)),
         peer=_Peer(kind, tensors),
     )
     return checked(imported, str(source))
 
 
-def answers(source: Path, imported: Imported, images: Tensor) -> Tensor:
+def judge(source: Path, imported: Imported) -> Callable[[Tensor], Tensor]:
     net = imported.peer.kind.build("cpu").eval()
     net.load_state_dict(imported.peer.tensors)
-    return run(net, images, *per_channel(imported.model))
+    return lambda images: run(net, images, *per_channel(imported.model))
 
 
 def _tensors(source: Path) -> Tensors:
@@ -363,10 +363,12 @@ def _class_names(source: Path) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-def _notes(net: Any, has_head: bool) -> Iterator[str]:
+def _notes(net: Any, own: dict[str, Any], has_head: bool) -> Iterator[str]:
     if net.has_class_token and net.global_pool != "token":
         yield "its cls token, which the head does not read, is the first register"
     if net.blocks[0].attn.qkv.bias is None:
         yield "it has no bias of queries, keys and values: ours are zeros"
+    if own.get("crop_mode") in ("squash", "border"):
+        yield f"its crop_mode is {own['crop_mode']}; ours is center: images keep their shape, and the middle is taken"
     if not has_head:
         yield "it has no head: ours is one class of zeros"

@@ -5,7 +5,7 @@ The names on disk are those of transformers 4, which version 5 still saves and c
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -124,6 +124,7 @@ def read(source: Path, hints: Hints) -> Imported:
         name if name.startswith(("vit.", "classifier.")) else f"vit.{name}": v for name, v in tensors.items()
     }
     has_head = "classifier.weight" in tensors
+    preprocess, stretches = _preprocess(source)
     model = model_config(_described(document, tensors, how), str(source))
     wanted = [name for name in parameter_shapes(model) if has_head or not name.startswith("head.")]
     weights = restored(_with_biases(tensors, model), wanted, model, RULES, str(source))
@@ -131,15 +132,15 @@ def read(source: Path, hints: Hints) -> Imported:
         weights if has_head else zero_head(weights, model.representation_size or model.width),
         model,
         has_head,
-        _preprocess(source),
+        preprocess,
         _class_names(document, model) if has_head else None,
-        notes=() if has_head else ("it has no head: ours is one class of zeros",),
+        notes=tuple(_notes(has_head, stretches)),
         peer=tensors,
     )
     return checked(imported, str(source))
 
 
-def answers(source: Path, imported: Imported, images: Tensor) -> Tensor:
+def judge(source: Path, imported: Imported) -> Callable[[Tensor], Tensor]:
     """The folder's own code and settings are not used: the installed class is built from what was read and checked."""
     transformers, model = _library(), imported.model
     tensors, mean_std = dict(imported.peer), per_channel(model)
@@ -147,14 +148,14 @@ def answers(source: Path, imported: Imported, images: Tensor) -> Tensor:
     config = transformers.ViTConfig(**_settings(model), qkv_bias=biased)
     if imported.has_head:
         net = _loaded(transformers.ViTForImageClassification, config, tensors)
-        return run(lambda pixels: net(pixels).logits, images, *mean_std)
+        return lambda images: run(lambda pixels: net(pixels).logits, images, *mean_std)
     config.pooler_output_size = model.representation_size or model.width
     bare = {name.removeprefix("vit."): value for name, value in tensors.items()}
     pooled = model.representation_size is not None
     net = _loaded(transformers.ViTModel, config, bare, add_pooling_layer=pooled)
     if pooled:
-        return run(lambda pixels: net(pixels).pooler_output, images, *mean_std)
-    return run(lambda pixels: net(pixels).last_hidden_state[:, 0], images, *mean_std)
+        return lambda images: run(lambda pixels: net(pixels).pooler_output, images, *mean_std)
+    return lambda images: run(lambda pixels: net(pixels).last_hidden_state[:, 0], images, *mean_std)
 
 
 def _settings(model: ModelConfig) -> dict[str, Any]:
@@ -298,16 +299,33 @@ def _normalisation(source: Path, hints: Hints) -> tuple[tuple[float, ...], tuple
     return found[0], found[1]
 
 
-def _preprocess(source: Path) -> Preprocess:
-    """A crop is the middle of an image whose shorter side was resized; without one the whole image is."""
+def _preprocess(source: Path) -> tuple[Preprocess, bool]:
+    """How it resizes and crops, and whether it stretches images to a shape, which ours never does. Sizes are numbers, as
+    old processors have them, or objects."""
     document = read_json(source / PREPROCESSOR) if (source / PREPROCESSOR).is_file() else {}
     size, window = document.get("size"), document.get("crop_size")
+    shortest = size.get("shortest_edge") if isinstance(size, dict) else None
+    whole = shortest or (size.get("height") if isinstance(size, dict) else size)
+    part = window.get("height") if isinstance(window, dict) else window
     crop = 1.0
-    if document.get("do_center_crop") and isinstance(size, dict) and isinstance(window, dict):
-        whole, part = size.get("shortest_edge"), window.get("height")
-        if isinstance(whole, int) and isinstance(part, int) and 0 < part <= whole:
-            crop = part / whole
-    return Preprocess(crop, "bicubic" if document.get("resample") == _RESAMPLE["bicubic"] else "bilinear")
+    if (
+        document.get("do_center_crop")
+        and isinstance(whole, int)
+        and isinstance(part, int)
+        and 0 < part <= whole
+    ):
+        crop = part / whole
+    kernel: Literal["bilinear", "bicubic"] = (
+        "bicubic" if document.get("resample") == _RESAMPLE["bicubic"] else "bilinear"
+    )
+    return Preprocess(crop, kernel), bool(document) and document.get("do_resize", True) and not shortest
+
+
+def _notes(has_head: bool, stretches: bool) -> Iterator[str]:
+    if not has_head:
+        yield "it has no head: ours is one class of zeros"
+    if stretches:
+        yield "its processor stretches images to their size; ours keep their shape, and the middle is taken"
 
 
 def _class_names(document: Mapping[str, Any], model: ModelConfig) -> tuple[str, ...] | None:

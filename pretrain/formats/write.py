@@ -126,7 +126,7 @@ def _finish(folder: Path, form: str, trained: ModelConfig, model: ModelConfig, a
     (folder / CARD).write_text(card(form, trained, model, about), encoding="utf-8")
     provenance = Provenance(
         format=form,
-        files=hashes(folder),
+        files={name: facts for name, facts in hashes(folder).items() if name != CONFIG},
         model=model.model_dump(mode="json"),
         input=input_of(model, about.preprocess),
         lineage=about.lineage,
@@ -145,6 +145,8 @@ def _noise(model: ModelConfig) -> Tensor:
 
 def _refuse_foreign(out: Path) -> None:
     """Replacing is for what this command wrote; anything else stays."""
+    if out.name in ("", ".."):
+        raise ExportError(f"{out} is not the name of a folder; give another --out")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not is_export(out):

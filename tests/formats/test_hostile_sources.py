@@ -378,7 +378,7 @@ def test_what_the_library_itself_does_not_load_is_not_imported(
     def broken(*_: object) -> None:
         raise RuntimeError("size mismatch for x\nmore")
 
-    monkeypatch.setattr(transformers_vit, "answers", broken)
+    monkeypatch.setattr(transformers_vit, "judge", broken)
     refused(copied(sound, tmp_path), "the library does not load .*: size mismatch for x$")
 
 

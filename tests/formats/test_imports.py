@@ -1,5 +1,6 @@
 """Weights of other libraries come in as they are meant, judged by the library itself; and go out again."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from click import BadParameter
 from click.testing import CliRunner, Result
 from peers import SQUARE, WIDE, model, photographs, random_weights, randomise, write
 from safetensors.torch import load_file, save_file
@@ -16,6 +18,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from pretrain.config import InitConfig
 from pretrain.errors import CheckpointError
+from pretrain.formats import transformers_vit
 from pretrain.formats.files import About, Preprocess, read_provenance
 from pretrain.formats.names import stored
 from pretrain.formats.native import load_export
@@ -317,11 +320,50 @@ def test_the_lineage_of_an_import_has_the_hash_of_every_file(tmp_path: Path) -> 
     hf_folder(tmp_path / "source", **HF["wide"])
     bring(tmp_path / "source", tmp_path / "out", "--licence", "apache-2.0")
     found = read_provenance(tmp_path / "out")
-    assert {"config.json", "model.safetensors"} & set(found.lineage["sha256"])
+    assert found.lineage["sha256"] == {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "source").iterdir()
+    }
+    assert "config.json" in found.lineage["sha256"]
     assert found.licence == "apache-2.0"
     assert found.lineage["imported_from"] == "source"
     weights = load_file(tmp_path / "source" / "model.safetensors")
     assert torch.equal(load_export(tmp_path / "out")[0].head.weight, weights["classifier.weight"])
+
+
+def test_a_number_that_means_nothing_and_the_source_as_its_own_target_are_refused(tmp_path: Path) -> None:
+    hf_folder(tmp_path / "source", **HF["wide"])
+    with pytest.raises(BadParameter, match=r"0\.0 is not in the range x>0"):
+        CliRunner().invoke(
+            import_,
+            ["x", "--out", "y", "--norm-eps", "0"],
+            catch_exceptions=False,
+            standalone_mode=False,
+        )
+    with pytest.raises(CheckpointError, match="is the source itself"):
+        bring(tmp_path / "source", tmp_path / "source" / ".." / "source")
+    with pytest.raises(CheckpointError, match=r"cannot be: mean\.0: Input should be a finite number$"):
+        bring(tmp_path / "source", tmp_path / "out", "--mean", "nan", "--std", "1", "--no-verify")
+
+
+@pytest.mark.parametrize(
+    ("said", "crop", "stretches"),
+    [
+        ({"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}, "do_center_crop": True}, 0.8, False),
+        ({"size": {"height": 20, "width": 20}, "crop_size": {"height": 16, "width": 16}, "do_center_crop": True}, 0.8, True),
+        ({"size": 20, "crop_size": 16, "do_center_crop": True}, 0.8, True),
+        ({"size": {"height": 16, "width": 16}, "do_center_crop": False}, 1.0, True),
+        ({"size": 16}, 1.0, True),
+        ({"do_resize": False}, 1.0, False),
+    ],
+)  # fmt: skip
+def test_every_way_that_a_processor_says_its_crop_is_read_and_stretching_is_said(
+    tmp_path: Path, said: dict[str, Any], crop: float, stretches: bool
+) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    preprocess, stretched = transformers_vit._preprocess(tmp_path)
+    assert (preprocess.crop, stretched) == (crop, stretches)
+    notes = list(transformers_vit._notes(True, stretched))
+    assert any("stretches" in note for note in notes) == stretches
 
 
 @pytest.mark.slow
