@@ -97,8 +97,9 @@ def write(folder: Path, weights: Mapping[str, Tensor], model: ModelConfig, about
         ),
         stored(weights, model, RULES),
     )
-    net.save_pretrained(folder)
-    _processor(transformers, model, about.preprocess).save_pretrained(folder)
+    with _quietly():
+        net.save_pretrained(folder)
+        _processor(transformers, model, about.preprocess).save_pretrained(folder)
 
 
 def load(folder: Path) -> Callable[[Tensor], Tensor]:

@@ -29,8 +29,14 @@ def model(**changes: Any) -> ModelConfig:
 
 def random_weights(config: ModelConfig) -> dict[str, Tensor]:
     """Every parameter matters to the logits: no zero head, no unit norm; branches of the size that training gives."""
-    weights = vits.random_weights(config, std=0.25)
-    return {name: value / 5 if max(value.shape) > 128 else value for name, value in weights.items()}
+    return {name: _as_trained(name, value) for name, value in vits.random_weights(config, std=0.25).items()}
+
+
+def _as_trained(name: str, value: Tensor) -> Tensor:
+    """Wide layers have smaller weights, and a wide norm, about one, does not mute its branch."""
+    if max(value.shape) <= 128:
+        return value
+    return value / 5 + (value.ndim == 1 and name.endswith("weight"))
 
 
 def photographs(config: ModelConfig, count: int = 4) -> Tensor:
