@@ -33,9 +33,9 @@ from pretrain.profiling import StepProfile
 from pretrain.recovery import BadSteps
 from pretrain.replicas import check_replicas
 from pretrain.saving import Saves
-from pretrain.score import Scores, score
 from pretrain.stop import StopFlag
 from pretrain.tracking import Tracker
+from pretrain.validation import LeftError, Validation
 from pretrain.watchdog import Watchdog
 
 
@@ -74,10 +74,6 @@ class Outcome:
     rollbacks: int
 
 
-class _LeftError(Exception):
-    """An evaluation was left because the run is to stop."""
-
-
 class Trainer:
     """All ranks construct one and call `run`. `tracker` is rank 0's alone, `validation` gives this rank's batches,
     `figures` draws those of a step and returns their numbers, on all ranks together."""
@@ -106,7 +102,6 @@ class Trainer:
         self.ranks = ranks
         self.engine = engine
         self.batches = batches
-        self.validation = validation
         self.figures = figures
         self.quarantine = quarantine
         self.meter = meter
@@ -122,16 +117,13 @@ class Trainer:
         progress = dict(start.progress or {})
         self.skipped_steps = int(progress.get("skipped_steps", 0))
         self.bad_samples = int(progress.get("bad_samples", 0))
-        self.first_scores: dict[str, float] = dict(progress.get("first_scores", {}))
-        self.scores: dict[str, float] = dict(progress.get("scores", {}))
-        self.best: dict[str, float] = dict(progress.get("best", {}))
         self.rollbacks = int(progress.get("rollbacks", 0))
         self._bad_steps = BadSteps(config.recovery, plan.global_batch, progress)
+        self._validation = Validation(config, plan, ranks, engine, validation, stop, watchdog, progress)
         self._saves = Saves(run_dir, config.checkpoint, ranks, quarantine.merge, mirror)
         self._exchange = StepExchange(ranks)
         self._profile = StepProfile(config.profile, ranks, run_dir)
         self._waited = 0.0
-        self._owes_score = validation is not None and bool(progress.get("owes_score", False))
         self._stop_agreed = self._save_agreed = self._all_written = False
 
     def run(self) -> Outcome:
@@ -142,12 +134,12 @@ class Trainer:
         """
         self.quarantine.check(self.bad_samples, self._distinct_seen())
         if self.ranks.is_main:
-            self._saves.mend_pointers(self.step, int(self.best.get("step", -1)))
+            self._saves.mend_pointers(self.step, int(self._validation.best.get("step", -1)))
         if self.step == 0 and self.config.init is not None:
             self._evaluate()  # the hand-off's own score, before anything is learnt
-        elif self._owes_score:
+        elif self._validation.is_owed:
             improved = self._evaluate()
-            if not self._owes_score:
+            if not self._validation.is_owed:
                 self._saves.amend(self._content(), best=improved)
         saved_at = self.step
         if self.step < self.plan.total_steps and not self._stop_agreed:
@@ -177,7 +169,7 @@ class Trainer:
                     if self._stop_agreed or self.step == self.plan.total_steps:
                         break
         self._profile.finish()
-        finished = self.step >= self.plan.total_steps and not self._owes_score
+        finished = self.step >= self.plan.total_steps and not self._validation.is_owed
         if saved_at != self.step:
             self._save(best=False)
         self._finish_save()
@@ -185,9 +177,9 @@ class Trainer:
         return Outcome(
             "finished" if finished else "interrupted",
             self.step,
-            self.first_scores,
-            self.scores,
-            self.best,
+            self._validation.first,
+            self._validation.last,
+            self._validation.best,
             self.rollbacks,
         )
 
@@ -277,49 +269,15 @@ class Trainer:
         return self._pace.record(own, steps)
 
     def _evaluate(self) -> bool:
-        """Score the whole validation set; returns whether it is the best so far. Without one, False.
-
-        A pass over a large set may take longer than a stopped run is given to save itself: a signal ends it, and the
-        score is owed at the next start.
-        """
-        if self.validation is None:
-            return False
+        """Score the validation set; returns whether this step is to be kept as the best so far."""
         with self._outside_of_speed():
             self._learn(self._exchange.drain())
             try:
-                scores = self._score(self.validation())
-                self._owes_score = False
-            except _LeftError:
-                self._owes_score = self._stop_agreed = True
+                self._track(self._validation.run(self.step))
+            except LeftError:
+                self._stop_agreed = True
                 return False
-        metrics = scores.metrics()
-        self.scores = metrics | {"step": self.step}
-        if self.step == 0:
-            self.first_scores = metrics
-        improved = self.step > 0 and metrics["val/top1"] > self.best.get("val/top1", -1.0)
-        if improved:
-            self.best = self.scores
-        self._track(metrics | ({"val/best_top1": self.best["val/top1"]} if self.best else {}))
-        if self.ranks.is_main:
-            log.info("step %d: %s%s", self.step, scores, " (best so far)" if improved else "")
-        return improved and self.config.checkpoint.keep_best
-
-    def _score(self, batches: Iterable[Batch]) -> Scores:
-        faults.at("evaluate", self.step)
-        until_stop = self._until_stop(batches)
-        return score(self.engine.forward, until_stop, self.config, self.plan.val_samples, self.ranks)
-
-    def _until_stop(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, until a rank was asked to stop: then `_LeftError`, after the same batch on all ranks."""
-        is_stopped: Callable[[], bool] | None = None
-        for batch in batches:
-            if is_stopped is not None and is_stopped():
-                raise _LeftError
-            self.watchdog.beat(self.step)
-            is_stopped = self.ranks.start_any(bool(self.stop))
-            yield batch
-        if is_stopped is not None:
-            is_stopped()  # too late: the pass is complete
+        return self.config.checkpoint.keep_best and self._validation.is_best(self.step)
 
     def _save(self, *, best: bool) -> None:
         self.watchdog.beat(self.step)
@@ -352,26 +310,17 @@ class Trainer:
             data=self.data_state(self.step, self.skipped),
             progress=self.meter.state()
             | self._bad_steps.state()
+            | self._validation.state()
             | {
-                "owes_score": self._owes_score,
                 "rollbacks": self.rollbacks,
                 "skipped_steps": self.skipped_steps,
                 "bad_samples": self.bad_samples,
-                "first_scores": self.first_scores,
-                "scores": self.scores,
-                "best": self.best,
             },
-            metrics=self._scores_of_this_step(),
+            metrics=self._validation.at(self.step),
             optimizer_steps=self.engine.steps_taken,
             shapes=self.engine.shapes,
             slices=self.engine.slices(),
         )
-
-    def _scores_of_this_step(self) -> dict[str, float]:
-        """A checkpoint between two evaluations has none of its own."""
-        if self.scores.get("step") != self.step:
-            return {}
-        return {name: value for name, value in self.scores.items() if name != "step"}
 
     def _track(self, metrics: Mapping[str, float]) -> None:
         if self.tracker is not None and metrics:
