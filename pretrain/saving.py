@@ -29,8 +29,9 @@ class Saves:
         self._after_commit, self._mirror = after_commit, mirror
         self._saver = Saver(run_dir, ranks)
         self._clock = SaveClock(config)
-        self._best = False
+        self._best, self._may_prune = False, True
         self._began = self._stalled = 0.0
+        self._since = time.perf_counter()
 
     @property
     def is_time(self) -> bool:
@@ -42,13 +43,14 @@ class Saves:
         """Whether this rank's part of a pending save is on disk; `finish` waits for nobody once all say so."""
         return self._saver.is_written
 
-    def begin(self, content: Content, *, best: bool) -> Mapping[str, float]:
+    def begin(self, content: Content, *, best: bool, may_prune: bool) -> Mapping[str, float]:
         """Copy what is to be saved and write it in the background. All ranks; the save before is finished first.
 
-        best: whether it is the best by validation so far. Returns the metrics of the save before, if there was one.
+        best: whether it is the best by validation so far. may_prune: whether it makes room for itself by deleting old
+        ones. Returns the metrics of the save before, if there was one.
         """
         before = self.finish()
-        self._best, self._began = best, time.perf_counter()
+        self._best, self._may_prune, self._began = best, may_prune, time.perf_counter()
         self._clock.restart()
         self._saver.begin(content)
         self._stalled = time.perf_counter() - self._began
@@ -57,7 +59,8 @@ class Saves:
     def finish(self) -> Mapping[str, float]:
         """Publish the pending save, if any: wait until it is written, mark it, delete what is too old. All ranks.
 
-        Returns metrics: seconds that training stood still for it, and until it was published.
+        Returns metrics: seconds that training stood still for it, their share of the time since the save before, and
+        seconds until it was published.
         """
         if not self._saver.is_pending:
             return {}
@@ -71,12 +74,18 @@ class Saves:
                 if self._mirror is not None:
                     self._mirror.wake()
                     in_use = self._mirror.in_use()
-                prune(self._run_dir, self._config.keep, step_of(folder), in_use)
+                if self._may_prune:
+                    prune(self._run_dir, self._config.keep, step_of(folder), in_use)
                 self._after_commit()
         now = time.perf_counter()
         self._stalled += now - called
         self._clock.learn(self._stalled)
-        return {"perf/save_stall_seconds": self._stalled, "perf/save_seconds": now - self._began}
+        since, self._since = self._since, now
+        return {
+            "perf/save_stall_seconds": self._stalled,
+            "perf/save_stall_share": self._stalled / (now - since),
+            "perf/save_seconds": now - self._began,
+        }
 
     def amend(self, content: Content, *, best: bool) -> None:
         """Give the committed checkpoint of `content.step` the scores that it lacked when it was saved. All ranks."""

@@ -287,7 +287,9 @@ class Trainer:
             self._learn(self._exchange.drain())
             if self.tracker is not None:
                 self.tracker.sync()
-            self._track(self._saves.begin(self._content(), best=best))
+            # in the middle of bad steps the checkpoint before them may be the one to go back to
+            may_prune = self._bad_steps.in_a_row == 0
+            self._track(self._saves.begin(self._content(), best=best, may_prune=may_prune))
             self._save_agreed = self._all_written = False
 
     def _check_replicas(self) -> None:
