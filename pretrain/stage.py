@@ -74,15 +74,16 @@ def run_stage(
     afterwards: what rank 0 leaves to do once no other rank waits for it: the rest of the delivery to MLflow.
     allow_change: keys of the config that the user says may differ from those that the run was trained with.
     """
-    data = _open_data(config, ranks)
-    with ranks.together():
-        plan = resolve(config, ranks.size, facts(data.train, data.val), detect())
-    agree(plan, ranks)
-    found = _newest(config, directory, ranks)
-    start = Start()
-    if found is not None:
-        start = _start_at(found, config, plan, data.train, allow_change)
-    with ExitStack() as stack:
+    timeout = config.engine.timeout_seconds
+    with ExitStack() as stack, Watchdog(directory, log_file, timeout, is_main=ranks.is_main) as watchdog:
+        data = _open_data(config, ranks)
+        with ranks.together():
+            plan = resolve(config, ranks.size, facts(data.train, data.val), detect())
+        agree(plan, ranks)
+        found = _newest(config, directory, ranks)
+        start = Start()
+        if found is not None:
+            start = _start_at(found, config, plan, data.train, allow_change)
         tracker = None
         with ranks.together():
             if ranks.is_main:
@@ -110,7 +111,7 @@ def run_stage(
             engine.write(InitialWeights(config.model, config.run.seed))
         mirror = mirrors.opened(directory, config.checkpoint, ranks, journal_path(directory))
         attempt = _Attempt(
-            config, plan, ranks, data, engine, directory, log_file, stop, tracker, allow_change, mirror
+            config, plan, ranks, data, engine, directory, stop, tracker, allow_change, watchdog, mirror
         )
         outcome = None
         while outcome is None:
@@ -138,10 +139,10 @@ class _Attempt:
     data: Data
     engine: Engine
     directory: Path
-    log_file: Path
     stop: StopFlag
     tracker: Tracker | None
     allow_change: Sequence[str]
+    watchdog: Watchdog
     mirror: mirrors.Mirror | None
 
     def train(self, start: Start) -> Outcome:
@@ -160,10 +161,6 @@ class _Attempt:
             if config.train.figures_every_steps is not None and validation is not None:
                 images = _first_images(config, ranks)
                 figures = RunFigures(self.engine, ranks, images, self.directory, self.tracker)
-            timeout = config.engine.timeout_seconds
-            watchdog = stack.enter_context(
-                Watchdog(self.directory, self.log_file, timeout, is_main=ranks.is_main)
-            )
             return Trainer(
                 config=config,
                 plan=plan,
@@ -179,7 +176,7 @@ class _Attempt:
                 stop=self.stop,
                 start=start,
                 tracker=self.tracker,
-                watchdog=watchdog,
+                watchdog=self.watchdog,
                 mirror=self.mirror,
             ).run()
 

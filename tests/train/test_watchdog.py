@@ -4,8 +4,10 @@ import json
 import logging
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -18,6 +20,8 @@ from launch.progress import Stage
 from pretrain.checkpoint import checkpoints, layout
 from pretrain.config import Config
 from pretrain.config.idle import idle_settings
+from pretrain.data.fill import Filler
+from pretrain.engine import Engine
 from pretrain.engine.replicas import checksums
 from pretrain.errors import PeerError, ReplicaError
 from pretrain.logs import log
@@ -42,10 +46,17 @@ class SleepsAt(StopFlag):
         return False
 
 
-def hang(ranks: Ranks, cfg: Config) -> str:
+def sleeps(*_: object) -> None:
+    time.sleep(1.6 * TIMEOUT)
+
+
+def hang(ranks: Ranks, cfg: Config, at_the_start: bool) -> str:
+    """Rank 1 hangs, at the start or in the fifth step; what the others get."""
     run = Path(cfg.run.dir)
     (run / "logs").mkdir(parents=True, exist_ok=True)
-    flag = SleepsAt() if ranks.rank == 1 else StopFlag()
+    flag = SleepsAt() if ranks.rank == 1 and not at_the_start else StopFlag()
+    if ranks.rank == 1 and at_the_start:
+        Engine.write = sleeps  # type: ignore[method-assign, assignment]
     with pytest.raises(RuntimeError) as caught, ExitStack() as afterwards:
         run_stage(cfg, ranks, run, run / "logs" / f"rank_{ranks.rank}.log", flag, afterwards)
     return str(caught.value)
@@ -54,15 +65,21 @@ def hang(ranks: Ranks, cfg: Config) -> str:
 def test_a_hang_leaves_the_stacks_of_all_ranks_and_the_time_of_the_last_step(
     digits: Path, tmp_path: Path
 ) -> None:
-    cfg = config(tmp_path / "run", digits, engine={"timeout_seconds": TIMEOUT}, data={"val": None})
-    words = on_ranks(2, hang, cfg, collective=TIMEOUT)
-    assert "timeout" in words[0].lower().replace("timed out", "timeout")
-    logs = [(tmp_path / "run" / "logs" / f"rank_{rank}.log").read_text() for rank in (0, 1)]
-    for text in logs:
-        assert "most recent call first" in text
-    assert "trainer.py" in logs[0]
-    assert "in __bool__" in logs[1]  # the culprit's
-    beat = json.loads((tmp_path / "run" / "heartbeat.json").read_text())
+    def hung(at_the_start: bool) -> None:
+        """Both wait, mostly."""
+        run = tmp_path / f"run-{at_the_start}"
+        cfg = config(run, digits, engine={"timeout_seconds": TIMEOUT}, data={"val": None})
+        words = on_ranks(2, hang, cfg, at_the_start, collective=TIMEOUT)
+        assert "timeout" in words[0].lower().replace("timed out", "timeout")
+        logs = [(run / "logs" / f"rank_{rank}.log").read_text() for rank in (0, 1)]
+        for text in logs:
+            assert "most recent call first" in text
+        assert ("stage.py" if at_the_start else "trainer.py") in logs[0]
+        assert ("in sleeps" if at_the_start else "in __bool__") in logs[1]  # the culprit's
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(hung, (False, True)))
+    beat = json.loads((tmp_path / "run-False" / "heartbeat.json").read_text())
     assert beat["step"] >= 1
     assert 0 < time.time() - beat["time"] < 120
 
@@ -101,6 +118,29 @@ def test_a_slow_rank_is_named_once_and_measured() -> None:
     assert "rank 1 on " in lines[0]
     assert quiet == []
     assert on_ranks(1, paced)[0] == ({}, [])
+
+
+def train_beside_a_slow_one(ranks: Ranks, cfg: Config) -> None:
+    if ranks.rank == 1:
+        fill = Filler.fill
+
+        def slowly(self: Filler, *rows: Any) -> Any:
+            time.sleep(0.5)
+            return fill(self, *rows)
+
+        Filler.fill = slowly  # type: ignore[method-assign]
+    train(ranks, cfg)
+
+
+def test_a_rank_whose_data_come_late_is_the_slowest_of_the_metrics(digits: Path, tmp_path: Path) -> None:
+    short = {"total_steps": 4, "log_every_steps": 2}
+    cfg = config(tmp_path / "run", digits, data={"val": None}, train=short)
+    on_ranks(2, train_beside_a_slow_one, cfg)
+    records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    values = [r["values"] for r in records if r["op"] == "metrics" and "perf/slowest_rank" in r["values"]]
+    assert [v["perf/slowest_rank"] for v in values] == [1.0, 1.0]
+    for v in values:
+        assert v["perf/rank_seconds_max"] > v["perf/rank_seconds_median"]
 
 
 def flip(engine: object, name: str) -> None:
