@@ -22,7 +22,7 @@ FOLDER = "profile"
 PARTS = ("data", "forward", "backward", "optimizer")
 """What a step is split into, besides the rest. Communication is part of backward, optimizer and, at stage 3, forward."""
 
-_COLLECTIVES = re.compile(r"(gloo|nccl):|ncclDevKernel")
+_FOLDER = re.compile(r"steps_(\d+)_(\d+)")
 
 
 class StepProfile:
@@ -67,7 +67,7 @@ class StepProfile:
     def finish(self) -> None:
         """Write down what was profiled. All ranks: after the last of the steps, and at the end of the run."""
         if self._profiler is None:
-            if self._steps and not self._profiled and self._ranks.is_main:
+            if self._steps and self._ranks.is_main and not self._was_profiled():
                 log.warning(
                     "profile.steps [%d, %d]: none of them was trained", self._steps[0], self._steps[-1]
                 )
@@ -84,6 +84,15 @@ class StepProfile:
                 facts = {"steps": self._profiled, "milliseconds_by_rank": splits}
                 (folder / "split.json").write_text(json.dumps(facts, indent=1) + "\n")
                 self._show(splits, folder)
+
+    def _was_profiled(self) -> bool:
+        """Whether this start, one before it, or this one before it went back, profiled any of the steps."""
+        names = (folder.name for folder in (self._run_dir / FOLDER).glob("steps_*"))
+        return any(
+            int(found[1]) in self._steps or int(found[2]) in self._steps
+            for name in names
+            if (found := _FOLDER.fullmatch(name))
+        )
 
     def _split(self, profiler: profile) -> dict[str, float]:
         """Milliseconds of a step, on average; the rest is what no part accounts for."""
@@ -117,10 +126,10 @@ def _start(device: torch.device) -> profile:
 
 
 def _communication(profiler: profile, device: torch.device) -> float:
-    """Seconds in collectives of the engine, on the device where they run there."""
+    """Seconds in collectives: on CUDA of their kernels, on a CPU of gloo's calls."""
     events: Any = profiler.key_averages()
-    on_device = device.type == "cuda"
-    times: list[float] = [
-        e.device_time_total if on_device else e.cpu_time_total for e in events if _COLLECTIVES.match(e.key)
-    ]
-    return sum(times) / 1e6
+    if device.type == "cuda":
+        times = [event.device_time_total for event in events if event.key.startswith("ncclDevKernel")]
+    else:
+        times = [event.cpu_time_total for event in events if event.key.startswith("gloo:")]
+    return float(sum(times)) / 1e6

@@ -37,14 +37,28 @@ def test_chosen_steps_are_traced_and_split_on_every_rank_and_change_nothing(
         assert "step 7" not in names
 
 
-def test_steps_that_never_came_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def words_at_the_end(steps: tuple[int, int], run: Path, caplog: pytest.LogCaptureFixture) -> str:
+    """Of a start that trained none of these steps."""
     log.addHandler(caplog.handler)
     try:
-        StepProfile(ProfileConfig(steps=(90, 91)), alone(), tmp_path).finish()
+        StepProfile(ProfileConfig(steps=steps), alone(), run).finish()
     finally:
         log.removeHandler(caplog.handler)
-    assert "profile.steps [90, 91]: none of them was trained" in caplog.text
-    assert list(tmp_path.iterdir()) == []
+    return caplog.text
+
+
+def test_steps_that_never_came_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "profile" / "steps_20_25").mkdir(parents=True)
+    said = words_at_the_end((90, 91), tmp_path, caplog)
+    assert "profile.steps [90, 91]: none of them was trained" in said
+
+
+@pytest.mark.parametrize("profiled", ["steps_4_6", "steps_4_4", "steps_6_6"])
+def test_steps_profiled_before_a_restart_or_a_rollback_are_not_said_to_be_missing(
+    profiled: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "profile" / profiled).mkdir(parents=True)
+    assert words_at_the_end((4, 6), tmp_path, caplog) == ""
 
 
 def alone() -> Ranks:
