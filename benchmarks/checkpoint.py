@@ -5,7 +5,9 @@
 
 A rank's own part is its slices of weights and moments, fp32: 12 bytes a parameter over the number of ranks (AdamW).
 Memory is the rank's highest resident size during the call beyond that before it, the worst rank's: a load also makes
-the moments, so its least is two thirds of the part; a save copies the part, so its least is the part.
+the moments, so its least is two thirds of the part; a save copies the part, so its least is the part. At stages 1 and 2 a
+load ends with the gather of all weights that each step ends with too: its buffer takes 4 bytes a parameter, whatever the
+number of ranks.
 """
 
 import argparse

@@ -19,6 +19,9 @@ from pretrain.distributed import Ranks
 from pretrain.errors import CheckpointError
 from pretrain.logs import log
 
+MOST_MAPPED = 16 * 2**20
+"""Bytes read from files that are mapped, before the mappings are let go of: their pages count as this process's memory."""
+
 
 class Slices:
     """A verified checkpoint's tensors, read by range. Memory stays that of the ranges asked for."""
@@ -27,6 +30,7 @@ class Slices:
         self.folder = folder
         self.manifest = manifest
         self._open: dict[int, Any] = {}
+        self._mapped = 0
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened parameter (or of its optimizer state): fp32 [stop - start]."""
@@ -45,6 +49,9 @@ class Slices:
                     raise CheckpointError(
                         f"{self.folder / layout.rank_file(rank)} does not hold {kind} {name} as its manifest says: {error}"
                     ) from None
+        self._mapped += out.nbytes
+        if self._mapped > MOST_MAPPED:
+            self.close()
         return out
 
     def whole(self, name: str) -> Tensor:
@@ -55,6 +62,7 @@ class Slices:
     def close(self) -> None:
         """Let go of the files: a shared file system does not delete what is open somewhere."""
         self._open.clear()
+        self._mapped = 0
 
     def _file(self, rank: int) -> Any:
         if rank not in self._open:
