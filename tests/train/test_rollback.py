@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
+from PIL import Image
 from ranks import RankError, Ranks, on_ranks
 from test_resume import TOTAL, config, final, journal, train
 
@@ -18,7 +20,9 @@ from pretrain.data.skipped import Skipped
 from pretrain.distributed import StepFacts
 from pretrain.errors import DivergedError
 from pretrain.recovery import RECENT_STEPS, BadSteps
+from pretrain.shards import shards
 from pretrain.tracking import Journal
+from pretrain.trainer import Trainer
 
 AT_ONCE = {"after_bad_steps": 1}
 
@@ -143,6 +147,20 @@ def test_without_a_checkpoint_before_the_trouble_the_run_stops_and_says_so(
         on_ranks(2, faulty, [(cfg, "step:1:1:NaN", 10**9)])
 
 
+def test_a_checkpoint_made_among_bad_steps_does_not_take_the_place_of_the_one_before_them(
+    digits: Path, tmp_path: Path
+) -> None:
+    """As a signal makes it: the run may have to go back further."""
+    settings = {"checkpoint": {"every_steps": 3, "keep": 1}, "recovery": {"after_bad_steps": 2}, "data": {}}
+    cfg = rolled(tmp_path / "run", digits, **settings)
+    assert on_ranks(2, faulty, [(cfg, "step:1:5:NaN", 6)])[0] == [("interrupted", 6)]
+    assert [layout.step_of(folder) for folder in checkpoints(tmp_path / "run")] == [3, 6]
+    assert on_ranks(2, faulty, [(cfg, "step:1:6:NaN", 10**9)])[0] == [("finished", TOTAL)]
+    state = read_manifest(open_weights(tmp_path / "run").path)
+    assert state.data["skipped"] == 7 - 3
+    assert state.progress["rollbacks"] == 1
+
+
 def facts(*losses: float) -> list[StepFacts]:
     """Of steps 1, 2, ... with a batch of one sample; a NaN is a step that all ranks skipped."""
     return [
@@ -174,6 +192,69 @@ def test_a_loss_far_above_its_recent_mean_is_bad_where_that_is_asked_for(
     assert steps.in_a_row == 0
     lines = steps.add(facts(*[1.0] * 5 * RECENT_STEPS, 4.0, 4.0))
     assert steps.in_a_row == len(lines) == bad
+
+
+@pytest.fixture
+def shades(tmp_path: Path) -> Path:
+    """Dark and bright squares: two classes that are learnt in twenty steps, so that a wrong label stands out."""
+    for number in range(60):
+        path = tmp_path / "images" / f"{number % 2}" / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 40 + 150 * (number % 2) + number // 2).save(path)
+    arguments = ["pack", str(tmp_path / "images"), str(tmp_path / "shades"), "--shards", "2"]
+    assert CliRunner().invoke(shards, arguments).exit_code == 0
+    return tmp_path / "shades" / "train"
+
+
+SPOILT, LAST = 110, 120
+"""The batch whose labels are wrong, and the length of that run."""
+
+
+def spoilt(ranks: Ranks, jobs: list[tuple[Config, int]]) -> list[tuple[str, int]]:
+    go_on = Trainer._train_step
+
+    def with_wrong_labels(self: Trainer, micro_batches: Any) -> None:
+        for batch in micro_batches:
+            wrong = batch.positions // self.plan.global_batch == SPOILT
+            batch.labels[wrong] = 1 - batch.labels[wrong]
+        go_on(self, micro_batches)
+
+    Trainer._train_step = with_wrong_labels  # type: ignore[method-assign]
+    return [train(ranks, cfg, stop_after) for cfg, stop_after in jobs]
+
+
+def test_a_spike_of_the_loss_takes_all_ranks_back_and_past_the_batch_that_made_it(
+    shades: Path, tmp_path: Path
+) -> None:
+    """To the bit the run that passed over these batches from the beginning; and only where it is asked for."""
+
+    def spiky(name: str, factor: float | None) -> Config:
+        return config(
+            tmp_path / name, shades.parent, data={"val": None}, model={"in_chans": 1, "num_classes": 2},
+            train={"global_batch": 6, "micro_batch": None, "total_steps": LAST, "log_every_steps": 1, "eval_every_steps": None},
+            checkpoint={"every_steps": 25}, recovery={"after_bad_steps": 1, "spike_factor": factor},
+        )  # fmt: skip
+
+    asked, not_asked, by_hand = spiky("asked", 10.0), spiky("not", None), spiky("by-hand", 10.0)
+    ends = on_ranks(2, spoilt, [(asked, 10**9), (not_asked, 10**9), (by_hand, 100)])
+    assert ends[0] == ends[1] == [("finished", LAST), ("finished", LAST), ("interrupted", 100)]
+    folder = layout.folder_of(tmp_path / "by-hand", 100)
+    manifest = read_manifest(folder)
+    passed_over = SPOILT + 1 - 100
+    layout.write_manifest(folder, replace(manifest, data=dict(manifest.data) | {"skipped": passed_over}))
+    on_ranks(2, spoilt, [(by_hand, 10**9)])
+    losses = {name: journal(tmp_path / name) for name in ("asked", "not", "by-hand")}
+    assert losses["not"]["train/loss", SPOILT + 1] > 1 > 10 * losses["not"]["train/loss", SPOILT]
+    assert max(losses["asked"]["train/loss", step] for step in range(101, LAST + 1)) < 1
+    ours, theirs = (open_weights(tmp_path / name) for name in ("asked", "by-hand"))
+    assert ours.step == LAST
+    assert all(torch.equal(ours.weights[name], theirs.weights[name]) for name in ours.weights)
+    for opened, rollbacks in ((ours, 1), (theirs, 0)):
+        manifest = read_manifest(opened.path)
+        assert manifest.data["skipped"] == passed_over
+        assert manifest.progress["rollbacks"] == rollbacks
+    assert [(a["attempt"], a["from_step"]) for a in ops(tmp_path / "asked", "attempt")] == [(1, 0), (2, 100)]
+    assert len(ops(tmp_path / "not", "attempt")) == 1
 
 
 def test_a_run_that_went_back_twice_takes_later_batches_by_all_that_it_passed_over() -> None:
