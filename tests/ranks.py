@@ -105,15 +105,24 @@ def _run(
     end.close()
 
 
-def launch(world_size: int, output: Path, *arguments: str, timeout: float = 120) -> list[tuple[int, str]]:
-    """`python -m pretrain.train *arguments` as a launcher starts it, on every rank: (exit code, what it said)."""
+def launch(
+    world_size: int,
+    output: Path,
+    *arguments: str,
+    timeout: float = 120,
+    before: Callable[[int], None] | None = None,
+) -> list[tuple[int, str]]:
+    """`python -m pretrain.train *arguments` as a launcher starts it, on every rank: (exit code, what it said).
+
+    before: called with the rank in each process first. Of a module's functions, as in `on_ranks`.
+    """
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     port = free_port()
     processes = []
     for rank in range(world_size):
         path = output / f"rank_{rank}.txt"
         process = _context.Process(
-            target=_command, args=(path, rank, world_size, port, arguments), daemon=True
+            target=_command, args=(path, rank, world_size, port, arguments, before), daemon=True
         )
         process.start()
         processes.append((process, path))
@@ -128,8 +137,17 @@ def launch(world_size: int, output: Path, *arguments: str, timeout: float = 120)
     return ends
 
 
-def _command(path: Path, rank: int, world_size: int, port: int, arguments: tuple[str, ...]) -> None:
+def _command(
+    path: Path,
+    rank: int,
+    world_size: int,
+    port: int,
+    arguments: tuple[str, ...],
+    before: Callable[[int], None] | None = None,
+) -> None:
     torch.set_num_threads(1)
+    if before is not None:
+        before(rank)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

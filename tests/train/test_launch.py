@@ -29,6 +29,15 @@ TORCHRUN = (
     "--no-python",
 )
 TRAIN = (sys.executable, "-m", "pretrain.train")
+CLONE = Path(__file__).parents[2]
+ACCELERATE = (
+    str(Path(sys.executable).parent / "accelerate"),
+    "launch",
+    "--config_file",
+    str(CLONE / "launch" / "single_node.yaml"),
+    "-m",
+    "pretrain.train",
+)
 
 
 def status(run: Path) -> dict[str, object]:
@@ -45,23 +54,27 @@ def wait_for_step(run: Path, step: int, process: "subprocess.Popen[str]") -> Non
     raise AssertionError(f"step {step} was never saved: {process.communicate()}")
 
 
-def test_torchrun_saves_on_a_signal_and_plain_python_finishes(digits: Path, tmp_path: Path) -> None:
+def test_launchers_leave_a_stopped_run_the_time_to_save_and_plain_python_finishes(
+    digits: Path, tmp_path: Path
+) -> None:
     long = config(tmp_path / "run", digits, checkpoint={"every_steps": 2}, train={"total_steps": 5000})
     path = write(long, tmp_path)
-    with subprocess.Popen([*TORCHRUN, *TRAIN, path], stderr=subprocess.PIPE, text=True) as process:
-        wait_for_step(tmp_path / "run", 4, process)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) != 0  # not finished: nothing may be exported behind an `&&`
-    stopped = status(tmp_path / "run")
-    assert stopped["status"] == "interrupted"
+    saved = 0
+    for launcher, number in (((*TORCHRUN, *TRAIN), signal.SIGTERM), (ACCELERATE, signal.SIGINT)):
+        with subprocess.Popen([*launcher, path], stderr=subprocess.PIPE, text=True) as process:
+            wait_for_step(tmp_path / "run", saved + 4, process)
+            process.send_signal(number)
+            assert process.wait(60) != 0  # not finished: nothing may be exported behind an `&&`
+        stopped = status(tmp_path / "run")
+        assert stopped["status"] == "interrupted"
+        assert isinstance(stopped["step"], int)
+        assert stopped["step"] > saved
+        saved = stopped["step"]
     logs = {path.name for path in (tmp_path / "run" / "logs").iterdir()}
     assert {"rank_0.log", "rank_1.log"} <= logs
-    assert isinstance(stopped["step"], int)
-    shown = subprocess.run(
-        [*TRAIN, path, f"train.total_steps={stopped['step'] + 3}"], capture_output=True, text=True
-    )
+    shown = subprocess.run([*TRAIN, path, f"train.total_steps={saved + 3}"], capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    assert f"resuming at step {stopped['step']}" in shown.stderr
+    assert f"resuming at step {saved}" in shown.stderr
     assert status(tmp_path / "run")["status"] == "finished"
     assert shown.stdout == ""
 
@@ -166,9 +179,8 @@ def test_ctrl_c_in_the_demo_leaves_the_training_the_time_to_save(tmp_path: Path)
 
 def test_the_demo_in_its_smoke_mode(tmp_path: Path) -> None:
     """`accelerate launch` with two processes, hand-off, evaluation and export, by the script that users run."""
-    clone = Path(__file__).parents[2]
     for name in ("pretrain", "launch", "configs", "pyproject.toml"):
-        (tmp_path / name).symlink_to(clone / name)
+        (tmp_path / name).symlink_to(CLONE / name)
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-m", "pretrain.demo", "--smoke"],
