@@ -89,7 +89,7 @@ class StepProfile:
         """Whether this start, one before it, or this one before it went back, profiled any of the steps."""
         names = (folder.name for folder in (self._run_dir / FOLDER).glob("steps_*"))
         return any(
-            int(found[1]) in self._steps or int(found[2]) in self._steps
+            int(found[1]) <= self._steps[-1] and int(found[2]) >= self._steps[0]
             for name in names
             if (found := _FOLDER.fullmatch(name))
         )

@@ -53,7 +53,7 @@ def test_steps_that_never_came_are_named(tmp_path: Path, caplog: pytest.LogCaptu
     assert "profile.steps [90, 91]: none of them was trained" in said
 
 
-@pytest.mark.parametrize("profiled", ["steps_4_6", "steps_4_4", "steps_6_6"])
+@pytest.mark.parametrize("profiled", ["steps_4_6", "steps_4_4", "steps_6_6", "steps_1_9"])
 def test_steps_profiled_before_a_restart_or_a_rollback_are_not_said_to_be_missing(
     profiled: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
