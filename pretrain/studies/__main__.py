@@ -27,7 +27,7 @@ SETTINGS = {setting.name: setting for setting in (SHORT, LONG, SMOKE)}
     type=click.Choice(list(SETTINGS)),
     default="short",
     show_default=True,
-    help="short: within an hour on two cores; long: 1,000 steps and 5 seeds; smoke: does it run at all?",
+    help="short: within an hour on two cores; long: 1,000 steps, under two hours; smoke: does it run at all?",
 )
 @click.option(
     "--study",

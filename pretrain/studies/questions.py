@@ -52,7 +52,7 @@ class Setting:
 SHORT = Setting("short", 3)
 LONG = Setting(
     "long",
-    5,
+    3,
     overrides=("train.total_steps=1000", "optim.warmup_steps=80"),
     handoff=("train.total_steps=400", "optim.warmup_steps=40"),
 )
