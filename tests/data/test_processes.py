@@ -85,7 +85,7 @@ def test_an_attempt_with_other_options_keeps_nothing(tmp_path):
 
 def test_a_killed_pack_of_parquet_goes_on(tmp_path):
     folder, out = tmp_path / "hub", tmp_path / "out"
-    for i in range(8):
+    for i in range(24):
         hugging_face(folder / f"part-{i}.parquet", [j % 3 for j in range(50)], first=50 * i)
     unpacked = tmp_path / ".out.partial" / "unpacked"
     start_and_kill(unpacked, "*.npy", 2, "pack", folder, out)
@@ -95,7 +95,7 @@ def test_a_killed_pack_of_parquet_goes_on(tmp_path):
     done("pack", folder, out, "--workers", 2)
     done("pack", folder, tmp_path / "at_once", "--workers", 1)
     assert contents(out) == contents(tmp_path / "at_once")
-    assert len(samples(out / "train")) == 400
+    assert len(samples(out / "train")) == 1200
 
 
 def test_a_killed_index_goes_on_and_reads_finished_tars_no_more(tmp_path):
