@@ -11,7 +11,8 @@
 Every rank counts for itself what all of them agreed on (`distributed.StepExchange`), so no rank goes back alone.
 """
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,16 @@ RECENT_STEPS = 100
 """Steps whose mean loss a spike is measured against; before so many have been good, no loss is a spike."""
 
 
+Rollback = Mapping[str, Any]
+"""That a run went back: to_step, the batches [first, last] of the order that it passed over, and why."""
+
+
 class TroubleError(Exception):
     """Steps `first` to `last` (1 is the run's first) were bad; raised on all ranks at the same step."""
 
-    def __init__(self, first: int, last: int, what: str, skipped: Skipped, rollbacks: int) -> None:
+    def __init__(
+        self, first: int, last: int, what: str, skipped: Skipped, rollbacks: Sequence[Rollback]
+    ) -> None:
         """skipped, rollbacks: of the run so far."""
         super().__init__(f"{f'steps {first} to {last}' if first < last else f'step {last}'}: {what}")
         self.first, self.last, self.skipped, self.rollbacks = first, last, skipped, rollbacks
@@ -86,7 +93,7 @@ class BadSteps:
     def is_trouble(self) -> bool:
         return self.in_a_row >= self._config.after_bad_steps
 
-    def trouble(self, skipped: Skipped, rollbacks: int) -> TroubleError:
+    def trouble(self, skipped: Skipped, rollbacks: Sequence[Rollback]) -> TroubleError:
         """The error that says so."""
         return TroubleError(self._last - self.in_a_row + 1, self._last, self._what, skipped, rollbacks)
 
@@ -103,9 +110,9 @@ def go_back(
     tracker: rank 0's, None on the others. The journal hears of it first: its values are then compared with no others.
     Raises `DivergedError` where there is none, or where the run has gone back as often as it may.
     """
-    if trouble.rollbacks >= config.max_rollbacks:
+    if len(trouble.rollbacks) >= config.max_rollbacks:
         raise DivergedError(
-            f"{trouble}. The run went back {trouble.rollbacks} times; recovery.max_rollbacks allows no more.\n"
+            f"{trouble}. The run went back {len(trouble.rollbacks)} times; recovery.max_rollbacks allows no more.\n"
             "  Lower optim.lr or clip harder (optim.clip_grad_norm), with --allow-change, or raise recovery.max_rollbacks;\n"
             "  the same command then goes on from the last checkpoint."
         )
@@ -119,24 +126,25 @@ def go_back(
     step = found.manifest.step
     skipped = Skipped.of(found.manifest.data)
     start, stop = skipped.batch(step), trouble.skipped.batch(trouble.last - 1) + 1
+    this = {"to_step": step, "batches": [start, stop - 1], "why": str(trouble)}
+    rollbacks = [*trouble.rollbacks, this]
     with ranks.together():
         if tracker is not None:
             remove_later(directory, step)
             tracker.go_back(step)
-            _amend(directory, found.folder, skipped.up_to(stop), trouble)
-            run_dir.write_status(
-                directory, "running", step, attempt=tracker.attempt, rollbacks=trouble.rollbacks + 1
-            )
+            tracker.tags({"rollbacks": json.dumps(rollbacks)})
+            _amend(directory, found.folder, skipped.up_to(stop), rollbacks)
+            run_dir.write_status(directory, "running", step, attempt=tracker.attempt, rollbacks=rollbacks)
     log.warning(
         "%s; going back to step %d, without batches %d to %d (rollback %d of %d)",
-        trouble, step, start, stop - 1, trouble.rollbacks + 1, config.max_rollbacks,
+        trouble, step, start, stop - 1, len(rollbacks), config.max_rollbacks,
     )  # fmt: skip
 
 
-def _amend(directory: Path, folder: Path, skipped: Skipped, trouble: TroubleError) -> None:
+def _amend(directory: Path, folder: Path, skipped: Skipped, rollbacks: Sequence[Rollback]) -> None:
     """Rank 0: write into a checkpoint's manifest what to pass over. Its slices stay as they are."""
     manifest = layout.read_manifest(folder)
-    progress = dict(manifest.progress) | {"rollbacks": trouble.rollbacks + 1}
+    progress = dict(manifest.progress) | {"rollbacks": rollbacks}
     best = progress.get("best")
     if best and layout.folder_of(directory, int(best["step"])) not in layout.checkpoints(directory):
         progress["best"] = {}  # a later best took its place, and went with the others

@@ -30,7 +30,7 @@ from pretrain.metrics import Meter
 from pretrain.optim import lr_at
 from pretrain.pace import Pace
 from pretrain.profiling import StepProfile
-from pretrain.recovery import BadSteps
+from pretrain.recovery import BadSteps, Rollback
 from pretrain.replicas import check_replicas
 from pretrain.saving import Saves
 from pretrain.stop import StopFlag
@@ -71,7 +71,7 @@ class Outcome:
     first_scores: Mapping[str, float]
     scores: Mapping[str, float]
     best: Mapping[str, float]
-    rollbacks: int
+    rollbacks: Sequence[Rollback]
 
 
 class Trainer:
@@ -117,7 +117,7 @@ class Trainer:
         progress = dict(start.progress or {})
         self.skipped_steps = int(progress.get("skipped_steps", 0))
         self.bad_samples = int(progress.get("bad_samples", 0))
-        self.rollbacks = int(progress.get("rollbacks", 0))
+        self.rollbacks: list[Rollback] = list(progress.get("rollbacks", ()))
         self._bad_steps = BadSteps(config.recovery, plan.global_batch, progress)
         self._validation = Validation(config, plan, ranks, engine, validation, stop, watchdog, progress)
         self._saves = Saves(run_dir, config.checkpoint, ranks, quarantine.merge, mirror)
@@ -247,7 +247,7 @@ class Trainer:
             "train/epoch": self.step * self.plan.global_batch / self.plan.train_samples,
             "train/samples": self.step * self.plan.global_batch,
             "train/skipped_steps": self.skipped_steps,
-            "train/rollbacks": self.rollbacks,
+            "train/rollbacks": len(self.rollbacks),
             "data/bad_samples": self.bad_samples,
         }
         if len(self.plan.sources) > 1 or self.plan.repeats > 1:  # else it is the epoch

@@ -1,5 +1,6 @@
 """A training that went back, and what MLflow shows of it: the values of the attempt that counts."""
 
+import json
 from pathlib import Path
 
 from digits import digits
@@ -25,7 +26,7 @@ def train_with_a_nan(ranks: Ranks, cfg: Config, database: Path) -> list[tuple[st
     run = Path(cfg.run.dir)
 
     def wait_before(self: Trainer, micro_batches: object) -> None:
-        if self.step == BAD - 1 and self.rollbacks == 0 and ranks.is_main:
+        if self.step == BAD - 1 and not self.rollbacks and ranks.is_main:
             stored = Stored(database, run)
             wait_until(lambda: stored.run_ids and len(stored.points("train/loss")) == BAD - 1)
         go_on(self, micro_batches)  # type: ignore[arg-type]
@@ -58,5 +59,7 @@ def test_mlflow_shows_of_each_step_the_attempt_that_counts(
     assert dict(stored.points("train/rollbacks"))[TOTAL] == 1
     assert stored.points("resume/diverged") == []
     assert stored.tags()["attempt"] == "2"
+    [back] = json.loads(stored.tags()["rollbacks"])
+    assert (back["to_step"], back["batches"]) == (6, [6, BAD - 1])
     assert stored.status == "FINISHED"
     assert progress.count_unsent(run) == 0

@@ -88,7 +88,9 @@ def test_the_journal_and_the_status_tell_of_a_rollback(digits: Path, tmp_path: P
     run = tmp_path / "run"
     assert [(a["attempt"], a["from_step"]) for a in ops(run, "attempt")] == [(1, 0), (2, 6)]
     status = json.loads((run / "status.json").read_text())
-    assert (status["rollbacks"], status["attempt"]) == (1, 2)
+    [back] = status["rollbacks"]
+    assert (back["to_step"], back["batches"], status["attempt"]) == (6, [6, 7], 2)
+    assert "not finite" in back["why"]
     last = [r for r in ops(run, "metrics") if "train/rollbacks" in r["values"]][-1]
     assert last["values"]["train/rollbacks"] == 1
     assert 0 < last["values"]["perf/rank_seconds_median"] <= last["values"]["perf/rank_seconds_max"]
@@ -158,7 +160,7 @@ def test_a_checkpoint_made_among_bad_steps_does_not_take_the_place_of_the_one_be
     assert on_ranks(2, faulty, [(cfg, "step:1:6:NaN", 10**9)])[0] == [("finished", TOTAL)]
     state = read_manifest(open_weights(tmp_path / "run").path)
     assert state.data["skipped"] == 7 - 3
-    assert state.progress["rollbacks"] == 1
+    assert [back["batches"] for back in state.progress["rollbacks"]] == [[3, 6]]
 
 
 def facts(*losses: float) -> list[StepFacts]:
@@ -249,10 +251,10 @@ def test_a_spike_of_the_loss_takes_all_ranks_back_and_past_the_batch_that_made_i
     ours, theirs = (open_weights(tmp_path / name) for name in ("asked", "by-hand"))
     assert ours.step == LAST
     assert all(torch.equal(ours.weights[name], theirs.weights[name]) for name in ours.weights)
-    for opened, rollbacks in ((ours, 1), (theirs, 0)):
+    for opened, rollbacks in ((ours, [[100, SPOILT]]), (theirs, [])):
         manifest = read_manifest(opened.path)
         assert manifest.data["skipped"] == passed_over
-        assert manifest.progress["rollbacks"] == rollbacks
+        assert [back["batches"] for back in manifest.progress["rollbacks"]] == rollbacks
     assert [(a["attempt"], a["from_step"]) for a in ops(tmp_path / "asked", "attempt")] == [(1, 0), (2, 100)]
     assert len(ops(tmp_path / "not", "attempt")) == 1
 
