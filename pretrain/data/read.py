@@ -55,7 +55,7 @@ class LocalReader:
         blocks_in_use: that samples are taken of at a time."""
         self._dataset = dataset
         self._block_samples = block_samples
-        self._files: _Recent[Path, _File] = _Recent(_File, descriptors_to_use())
+        self._files: _Recent[str, _File] = _Recent(_File, descriptors_to_use())
         self._indexes = _Recent(self._load_index, INDEX_BYTES, lambda table: table.nbytes)
         self._blocks = _Recent(self._open_block, max(FEWEST_KEPT, blocks_in_use))
 
@@ -87,7 +87,7 @@ class LocalReader:
     def _open_block(self, key: _Key) -> "_Block":
         first = key.number * self._block_samples
         table = self._indexes.get(key.shard)[first : first + self._block_samples].copy()
-        block = _Block(Path(self._dataset.paths[key.shard]), first, table, self._files)
+        block = _Block(self._dataset.paths[key.shard], first, table, self._files)
         block.announce()
         return block
 
@@ -129,7 +129,7 @@ class _Recent(Generic[K, V]):
 class _File:
     """A descriptor. It closes with its last user, so that letting go of it needs no agreement of threads."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         try:
             self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -144,7 +144,7 @@ class _Block:
     """Where the samples of a block lie, and its tar for as long as there is room among the open files."""
 
     def __init__(
-        self, path: Path, first: int, table: npt.NDArray[np.void], files: _Recent[Path, _File]
+        self, path: str, first: int, table: npt.NDArray[np.void], files: _Recent[str, _File]
     ) -> None:
         """first: number of the first sample in its shard; table: `index.ROW` of each."""
         self._path, self._first, self._files = path, first, files
@@ -187,7 +187,7 @@ class _Block:
                 f"{self._path}, sample {number}: its bytes are not those that were indexed (checksum), "
                 f"read {REREADS + 1} times\n"
                 "  The file or the way to it is damaged. Bring the shard back from its source and start again;\n"
-                f"  if it was changed on purpose: {remedy(self._path.parent)}"
+                f"  if it was changed on purpose: {remedy(folder_of(self._path))}"
             )
         return content
 
