@@ -3,14 +3,13 @@
 import os
 import shutil
 import signal
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from buckets import s3_server
 from engines import config, losses_of, make_engine, weights
-from moto.server import ThreadedMotoServer
 from pydantic import ValidationError
 from ranks import RankError, Ranks, _context, on_ranks
 from saves import save
@@ -45,22 +44,8 @@ def copy(run: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """moto's server with an empty bucket."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE",
-        "AWS_SECRET_ACCESS_KEY": "hunter2",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": endpoint,
-    }.items():
-        monkeypatch.setenv(name, value)
-    for method, path in (("POST", "/moto-api/reset"), ("PUT", "/bucket")):
-        urllib.request.urlopen(urllib.request.Request(endpoint + path, method=method), timeout=10).close()
-    yield "s3://bucket/runs/a"
-    server.stop()
+    with s3_server(monkeypatch):
+        yield "s3://bucket/runs/a"
 
 
 def write_three(ranks: Ranks, run: Path) -> None:

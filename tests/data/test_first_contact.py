@@ -2,7 +2,6 @@
 
 import tarfile
 import threading
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +10,8 @@ import numpy as np
 import obstore
 import pytest
 import store_server as faults
+from buckets import s3_server
 from made import Member, picture, sample_members, write_tar
-from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
 from store_server import StoreServer, serving
 from test_remote import plain, read
@@ -205,22 +204,8 @@ def test_a_server_that_ignores_ranges_is_refused_before_a_tar_is_read(server):
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Store]:
-    """moto's server with one bucket; the environment that leads there."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE",
-        "AWS_SECRET_ACCESS_KEY": "hunter2",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": endpoint,
-    }.items():
-        monkeypatch.setenv(name, value)
-    for method, path in (("POST", "/moto-api/reset"), ("PUT", "/bucket")):
-        urllib.request.urlopen(urllib.request.Request(endpoint + path, method=method), timeout=10).close()
-    yield S3Store("bucket", client_options={"allow_http": True})
-    server.stop()
+    with s3_server(monkeypatch):
+        yield S3Store("bucket", client_options={"allow_http": True})
 
 
 def test_a_bucket_is_listed_and_its_folder_is_the_data_set(s3, digits, train_set):

@@ -2,7 +2,6 @@
 
 import os
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import obstore
 import pytest
 import store_server as faults
-from moto.server import ThreadedMotoServer
+from buckets import s3_server
 from obstore.store import S3Store
 from store_server import StoreServer, serving
 
@@ -191,23 +190,9 @@ def put(key: str, content: bytes) -> None:
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch, content: bytes) -> Iterator[None]:
-    """moto's server with one bucket; the environment that leads there."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE",
-        "AWS_SECRET_ACCESS_KEY": "hunter2",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": endpoint,
-    }.items():
-        monkeypatch.setenv(name, value)
-    for method, path in (("POST", "/moto-api/reset"), ("PUT", "/bucket")):
-        urllib.request.urlopen(urllib.request.Request(endpoint + path, method=method), timeout=10).close()
-    put("set 1/a.tar", content)
-    yield
-    server.stop()
+    with s3_server(monkeypatch):
+        put("set 1/a.tar", content)
+        yield
 
 
 def test_ranges_and_versions_of_an_s3_store(s3, stores, content):
