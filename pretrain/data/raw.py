@@ -23,9 +23,13 @@ class RawShard:
         return len(self.index.table)
 
     def read(self, number: int) -> bytes:
-        """The members of a sample with their headers; fewer bytes than the index says where the tar is cut short."""
+        """The members of a sample with their headers; fewer bytes than the index says where the tar is cut short. Raises
+        `DataError` where the disk does not give them."""
         row = self.index.table[number]
-        return os.pread(self.file.fileno(), int(row["length"]), int(row["offset"]) * BLOCK)
+        try:
+            return os.pread(self.file.fileno(), int(row["length"]), int(row["offset"]) * BLOCK)
+        except OSError as error:
+            raise DataError(f"{self.path}, sample {number}: cannot be read: {error.strerror}") from None
 
 
 @contextmanager

@@ -156,6 +156,16 @@ def test_missing_and_exchanged_files_are_named_and_the_rest_is_checked(tmp_path,
     assert any(p[3].startswith(said[0]) for p in problems(tmp_path, "--fast"))
 
 
+def test_a_disk_that_does_not_give_a_tar_is_named(tmp_path):
+    folder = good(tmp_path)
+    tar = folder / "1.tar"
+    tar.unlink()
+    tar.symlink_to("/proc/self/mem")  # the kernel answers EIO
+    named = [reason for shard, _, _, reason in problems(folder) if shard == tar.name]
+    assert named == ["the tar cannot be read: Input/output error", "its samples were not looked at"]
+    refused(r"1\.tar, sample 0: cannot be read: Input/output error", "stats", folder)
+
+
 def test_every_flip_in_a_shard_is_found(tmp_path):
     folder = good(tmp_path, shards=1)
     generator = np.random.default_rng(0)
