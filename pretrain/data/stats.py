@@ -112,8 +112,9 @@ def look_at(job: Job, advance: Advance) -> Seen:
     with opened(job.path) as shard:
         for number in job.numbers.tolist():
             advance(1)
+            data = shard.read(number)
             try:
-                sample = parse_sample(shard.read(number), f"{job.path}, sample {number}")
+                sample = parse_sample(data, f"{job.path}, sample {number}")
                 header = read_header(sample.image, job.max_pixels)
             except DataError:  # `verify` says what is wrong with it
                 bad += 1
