@@ -85,12 +85,15 @@ def start(path: str, output: Path, fault: Fault | None) -> End:
     for process in processes:
         process.start()
     began, since = time.monotonic(), None
+    ended: set[Any] = set()
+    """By us; of those the exit code is known, whatever the server that forked them makes of it."""
     while any(process.is_alive() for process in processes):
         if since is None and any(s.exists() and "injected fault" in s.read_text() for s in said):
             since = time.monotonic()
         frozen = fault is not None and fault.kind == "SIGSTOP" and since is not None
         hung = time.monotonic() - began > LIMIT
         if hung or (frozen and not processes[1 - fault.rank].is_alive()):  # type: ignore[union-attr]
+            ended = {process for process in processes if process.is_alive()}
             for process in processes:
                 process.kill()
             if hung:
@@ -100,7 +103,8 @@ def start(path: str, output: Path, fault: Fault | None) -> End:
     seconds = time.monotonic() - (since or began)
     for process in processes:
         process.join()
-    return End([process.exitcode or 0 for process in processes], [s.read_text() for s in said], seconds)
+    codes = [-signal.SIGKILL if process in ended else process.exitcode or 0 for process in processes]
+    return End(codes, [s.read_text() for s in said], seconds)
 
 
 class Bench:
