@@ -107,10 +107,16 @@ def _see_network(place: world.World, directory: Path, seconds: int) -> None:
         absent = [rank for rank in range(place.size) if not _arrived(directory, rank).exists()]
         if absent:
             raise PeerError(
-                f"waited {seconds} s for rank{'s' if len(absent) > 1 else ''} {', '.join(map(str, absent[:8]))} of "
-                f"{place.size}, which never came so far"
+                f"waited {seconds} s for rank{'s' if len(absent) > 1 else ''} "
+                f"{', '.join(_with_node(rank, place.size) for rank in absent[:8])} of {place.size}, which never came so far"
             ) from error
         raise
+
+
+def _with_node(rank: int, size: int) -> str:
+    """A rank and, where the batch script says them, the node that it is to run on: each has as many ranks, one after the other."""
+    nodes = os.environ.get("PRETRAIN_NODES", "").split()
+    return f"{rank} on {nodes[rank * len(nodes) // size]}" if nodes else str(rank)
 
 
 def _arrived(directory: Path, rank: int) -> Path:

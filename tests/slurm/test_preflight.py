@@ -62,11 +62,17 @@ def test_a_rank_that_sees_no_shards_is_named_with_its_node(digits: Path, tmp_pat
     assert (left["node"], left["retry"]) == (CULPRIT, False)
 
 
-def test_a_rank_that_never_comes_is_named_in_time(digits: Path, tmp_path: Path) -> None:
+def test_a_rank_that_never_comes_is_named_in_time(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path / "c.yaml", tmp_path / "run", digits)
     ((code, words),) = start({0: path}, tmp_path, "--seconds", "3")
     assert code == 10
     assert "waited 3 s for rank 1 of 2" in words
+    monkeypatch.setenv("PRETRAIN_NODES", f"elsewhere {CULPRIT} ")  # as the batch script has it
+    ((code, words),) = start({0: path}, tmp_path, "--seconds", "3")
+    assert code == 10
+    assert f"waited 3 s for rank 1 on {CULPRIT} of 2" in words
     assert not list((tmp_path / "run" / "logs").glob("*.failure"))  # it is not this rank's own fault
 
 

@@ -71,6 +71,7 @@ def test_each_rank_is_a_task_with_its_own_share_of_the_cores(cluster: Cluster, t
             assert step["SLURM_STEP_NUM_TASKS"] == "4"
             assert step["SLURM_LOCALID"] == str(int(rank) % 2)
             assert step["MASTER_ADDR"] == "node0"
+            assert step["PRETRAIN_NODES"].split()[int(rank) // 2] == step["SLURMD_NODENAME"]
             assert step["SRUN_CPUS_PER_TASK"] == "3"
             assert share_of_cores(os.cpu_count() or 1, step) == min(3, os.cpu_count() or 1)
             assert share_of_cores(16, step) == 3
