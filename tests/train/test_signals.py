@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from signal import SIGINT, SIGTERM, SIGUSR1, Signals
+from signal import SIGHUP, SIGINT, SIGTERM, SIGUSR1, Signals
 from typing import Any, NamedTuple
 
 import psutil
@@ -72,6 +72,7 @@ def send(sent: Sent, rank: int, deliver: Callable[[Signals], None] = to_itself) 
 
 
 def signalled(ranks: Ranks, jobs: list[tuple[Config, Sent]]) -> list[tuple[str, int]]:
+    signal.signal(SIGHUP, signal.SIG_DFL)  # also where the tests themselves run under nohup
     ends = []
     for cfg, sent in jobs:
         run = Path(cfg.run.dir)
@@ -96,9 +97,9 @@ def assert_same(run: Path, golden: Path) -> None:
 
 INTERRUPTED = [
     Sent("track", 0, 0),  # before the first step
-    Sent("step", 1, 0, (SIGINT,)),
+    Sent("step", 1, 0, (SIGINT, SIGHUP)),
     Sent("data", 1, 5, (SIGUSR1, SIGTERM)),  # in a thread that decodes
-    Sent("save", 1, 3, (SIGTERM, SIGUSR1)),
+    Sent("save", 1, 3, (SIGHUP, SIGHUP, SIGTERM)),  # a terminal that closed
     Sent("write", 1, 3, (SIGTERM, SIGTERM)),  # in the thread that writes
     Sent("rename", 0, 3, (SIGINT, SIGTERM, SIGUSR1)),
     Sent("forward", 0, 3, (SIGUSR1, SIGUSR1)),  # in the middle of an evaluation
@@ -189,3 +190,14 @@ def test_handlers_are_those_of_before_once_a_run_is_over() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), SIGINT)
     assert [signal.getsignal(number) for number in (SIGINT, SIGTERM, SIGUSR1)] == before
+
+
+def test_a_run_under_nohup_outlives_its_terminal() -> None:
+    before = signal.signal(SIGHUP, signal.SIG_IGN)
+    try:
+        with on_signals() as flag:
+            os.kill(os.getpid(), SIGHUP)
+            assert not flag
+        assert signal.getsignal(SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(SIGHUP, before)
