@@ -28,8 +28,11 @@ ASK_SECONDS = 30.0
 PATIENCE_SECONDS = 300.0
 """How long a controller may be away (a restart, a failover) before the job gives up on its answer."""
 
-RECORD_BYTES = 2**20
-"""The end of the record of attempts that is read: thousands of them."""
+RECORD_BYTES = 2**24
+"""The end of the record of attempts that is read: hundreds of them at the least."""
+
+MOST_FAILURES, MOST_WORDS = 16, 300
+"""Of an attempt that are kept, and characters of what a rank said: where every rank of thousands fails, they say the same."""
 
 _STEP = re.compile(r"step_(\d{8,})")
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
@@ -152,7 +155,8 @@ def _failures(run: Path | None) -> tuple[Failure, ...]:
             found.append(_failure(read_object(path)))
         except (OSError, ValueError) as error:
             _say(f"{path} cannot be read ({error}); what it says does not count")
-    return tuple(found)
+    found.sort(key=lambda failure: (failure.retry, not failure.names_bad_node, failure.rank))
+    return tuple(sorted(found[:MOST_FAILURES], key=lambda failure: failure.rank))
 
 
 def _failure(facts: object) -> Failure:
@@ -162,7 +166,9 @@ def _failure(facts: object) -> Failure:
             "rank": int(rank), "node": str(node), "words": str(words), "retry": bool(retry), "exit_code": int(code)
         }:  # fmt: skip
             # bash takes a code modulo 256, and 0 says that the stage is finished
-            return Failure(rank, node, _UNSEEN.sub("?", words), retry, code if 0 < code < 256 else 1)
+            return Failure(
+                rank, node, _UNSEEN.sub("?", words[:MOST_WORDS]), retry, code if 0 < code < 256 else 1
+            )
     raise ValueError("these are not the words of a rank")
 
 

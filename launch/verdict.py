@@ -34,6 +34,11 @@ class Failure:
     retry: bool
     exit_code: int
 
+    @property
+    def names_bad_node(self) -> bool:
+        """Whether these are the words of broken hardware."""
+        return _BAD_NODE.search(self.words) is not None
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -111,16 +116,14 @@ def judge(now: Attempt, before: Sequence[Attempt], job_state: str, limits: Limit
 def bad_nodes(attempts: Sequence[Attempt]) -> list[str]:
     """Nodes whose own words are those of broken hardware, by name."""
     failures = (failure for attempt in attempts for failure in attempt.failures)
-    return sorted({failure.node for failure in failures if _BAD_NODE.search(failure.words)})
+    return sorted({failure.node for failure in failures if failure.names_bad_node})
 
 
 def _same_end(one: Attempt, other: Attempt) -> bool:
     """Whether two attempts failed with the same words at the same step: a bug, which would come a third time."""
     if one.to_step != other.to_step or not one.failures or not other.failures:
         return False
-    return _shape(one.failures[0]) == _shape(other.failures[0]) and not _BAD_NODE.search(
-        other.failures[0].words
-    )
+    return _shape(one.failures[0]) == _shape(other.failures[0]) and not other.failures[0].names_bad_node
 
 
 def _shape(failure: Failure) -> str:

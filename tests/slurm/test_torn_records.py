@@ -81,13 +81,34 @@ def test_of_a_record_of_attempts_the_whole_lines_count(
     wrong = [json.dumps(LINE | {key: value}).encode() for key, values in WRONG.items() for value in values]
     missing = [json.dumps({k: v for k, v in LINE.items() if k != key}).encode() for key in WRONG]
     path.write_bytes(b"\n".join([whole, *wrong, *missing, *NO_OBJECT.values(), whole, whole[:40]]))
-    assert len(attempt._attempts(path)) == 1  # the first lies further back than is looked
+    assert len(attempt._attempts(path)) == 2
     path.write_bytes(b"\n".join([whole, *wrong, *missing, whole, whole[:40]]))
     assert len(attempt._attempts(path)) == 2
     attempt._append(path, LINE)
     assert len(attempt._attempts(path)) == 3, "a torn line took the next one with it"
     attempt._append(path, LINE)
     assert path.read_bytes().count(b"\n\n") == 0
+
+
+def test_attempts_of_which_thousands_of_ranks_failed_all_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a job whose every node is broken would go on for ever."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (tmp_path / "logs").mkdir()
+    words = "node sees no device: " + "\N{SNOWMAN}" * 4000
+    for rank in range(4096):
+        facts = {"rank": rank, "node": f"n{rank}", "words": words, "retry": rank != 3000, "exit_code": 1}
+        (tmp_path / "logs" / f"rank_{rank}.failure").write_text(json.dumps(facts))
+    failures = attempt._failures(tmp_path)
+    assert [failure.rank for failure in failures] == [
+        *range(15),
+        3000,
+    ]  # what no other try can help is among them
+    path = tmp_path / "attempts.jsonl"
+    for _ in range(200):
+        attempt._append(path, LINE | {"failures": [vars(failure) for failure in failures]})
+    assert len(attempt._attempts(path)) == 200
 
 
 @pytest.mark.parametrize("code", [0, 256, "x"])
