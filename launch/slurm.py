@@ -117,7 +117,8 @@ def submit(dry_run: bool, test_only: bool, **given: Any) -> None:
     """
     prepared = _prepare_stage(**given)
     if not _only_asked([prepared], dry_run=dry_run, test_only=test_only):
-        _submit([prepared], after=_living_jobs([prepared.job.needs]))
+        before = _living_jobs([prepared.job.needs])
+        _submit([prepared], after=before[0] if before else None)
 
 
 @slurm.command()
@@ -302,15 +303,14 @@ def _only_asked(stages: Sequence[Prepared], *, dry_run: bool, test_only: bool) -
     return dry_run or test_only
 
 
-def _living_jobs(needs: Iterable[Path | None]) -> str | None:
-    """The jobs that are still working on the run directories `needs`, as Slurm takes them in a dependency; None where
-    there are none."""
+def _living_jobs(needs: Iterable[Path | None]) -> list[str]:
+    """The jobs that are still working on the run directories `needs`."""
     found = []
     for folder in dict.fromkeys(folder_of(run, "train") for run in needs if run is not None):
         before = snapshot.read(folder)
         if before is not None and queue.state(before.number) in queue.ALIVE:
             found.append(before.number)
-    return ":".join(found) or None
+    return found
 
 
 def _submit(stages: Sequence[Prepared], after: int | str | None) -> None:
@@ -339,9 +339,13 @@ def _submit_sweep(
     members: Sequence[Prepared],
     array: str,
     marking: Prepared,
-    after: str | None,
+    after: Sequence[str],
 ) -> None:
-    """Submit an array and the job that waits for all of it; where one is refused none stays."""
+    """Submit an array and the job that waits for all of it; where one is refused none stays.
+
+    after: jobs that must end first. One of several that fails is not to take all members with it: each asks for itself
+    whether the run that it needs is finished.
+    """
     folder = marking.job.folder
     chain = [*(member.job.folder for member in members), folder]
     jobs: list[int] = []
@@ -353,7 +357,14 @@ def _submit_sweep(
                 snapshot.write(stage.job, stage.config, stage.script)
             sweep.write(marking.job.run_dir, found)
             replace_file(folder / ARRAY, array)
-            jobs.append(queue.submit(folder / ARRAY, _environment(members[0]), after))
+            jobs.append(
+                queue.submit(
+                    folder / ARRAY,
+                    _environment(members[0]),
+                    ":".join(after) or None,
+                    "afterok" if len(after) == 1 else "afterany",
+                )
+            )
             for task, member in enumerate(members):
                 snapshot.record(member.job, jobs[0], chain, task)
             env = queue.environment(marking.profile.pass_env)

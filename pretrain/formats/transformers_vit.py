@@ -54,7 +54,7 @@ RULES = [
     *pair("head", "classifier"),
 ]
 
-ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "silu": "silu", "elu": "elu"}
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "silu": "silu"}
 """Ours to the first of theirs; more of theirs that are the same function follow."""
 
 _SAME_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_python": "gelu", "swish": "silu"}
@@ -74,6 +74,8 @@ def inexpressible(model: ModelConfig) -> Iterator[str]:
         yield f"model.num_registers {model.num_registers}: there are none"
     if model.act == "swiglu":
         yield "model.act swiglu: its MLP is not gated"
+    elif model.act not in ACTIVATIONS:
+        yield f"model.act {model.act}: there is no such activation"
     if model.qk_norm:
         yield "model.qk_norm: queries and keys are not normalised"
     if model.representation_size is not None:

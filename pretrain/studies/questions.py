@@ -23,11 +23,13 @@ class Study:
     """A question's variants; the first one is what the others are compared with.
 
     groups: names of variants that are alike in how much they vary, each group apart from the others; none: all are.
+    copies: those that are nearly another one; see `statistics.compare`.
     """
 
     name: str
     variants: tuple[Variant, ...]
     groups: tuple[tuple[str, ...], ...] = ()
+    copies: tuple[str, ...] = ()
 
     @property
     def config(self) -> Path:
@@ -111,6 +113,7 @@ HANDOFF = Study(
         ("resize, bicubic", "resize, bilinear", "resize, align_corners"),
         ("reset", "drop", "no PE in either stage"),
     ),
+    copies=("drop",),  # a table of zeros is nearly one of N(0, 0.02)
 )
 
 STUDIES = {study.name: study for study in (POSITION, ACTIVATION, ORDER, HANDOFF)}

@@ -65,9 +65,10 @@ def compared(study: Study, scores: Scores) -> dict[str, Comparison]:
     """Each measure of a study, its variants with the first one; none where no seed is complete."""
     seeds, names = sorted(next(iter(scores.values()))), list(scores)
     groups = [[names.index(name) for name in group] for group in study.groups]
+    copies = [names.index(name) for name in study.copies]
     measures = ("first", "top1") if study.is_handoff else ("top1",)
     return {
-        measure: compare([[of[seed][measure] for seed in seeds] for of in scores.values()], groups)
+        measure: compare([[of[seed][measure] for seed in seeds] for of in scores.values()], groups, copies)
         for measure in measures
         if seeds
     }

@@ -40,18 +40,26 @@ class Comparison:
         return not any(row.stands_out for row in self.rows)
 
 
-def compare(scores: Sequence[Sequence[float]], groups: Sequence[Collection[int]] = ()) -> Comparison:
+def compare(
+    scores: Sequence[Sequence[float]],
+    groups: Sequence[Collection[int]] = (),
+    copies: Collection[int] = (),
+) -> Comparison:
     """scores [V, n], V at least 2.
 
     groups: numbers of rows whose noise is estimated apart from that of the others, each group with the first row. None
     given: one noise for all rows. Rows that differ in how much they vary hide small differences of the quiet ones, and
-    make differences of noise alone in the loud ones, where one noise is taken for all.
+    make differences of noise alone in the loud ones, where one noise is taken for all. copies: rows that are nearly
+    another one of their group. They are judged like it and say nothing of noise: counted twice, one row's would seem
+    better known than it is.
     """
     first, others = scores[0], range(1, len(scores))
     groups = groups or [others]
     assert sorted(number for group in groups for number in group) == list(others)
     noise = {
-        number: detectable([first, *(scores[member] for member in group)], len(others))
+        number: detectable(
+            [first, *(scores[member] for member in group if member not in copies)], len(others)
+        )
         for group in groups
         for number in group
     }

@@ -34,10 +34,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "relative": {"pos_embed": "relative", "pos_embed_at": "every_layer", "global_pool": "avg"},
     "swiglu, qk-norm": {"act": "swiglu", "qk_norm": True, "global_pool": "avg", "num_registers": 2},
     "relu, epsilon": {"act": "relu", "norm_eps": 1e-5},
+    "elu": {"act": "elu"},
+    "silu": {"act": "silu"},
 }
 HOLDS = {
     "transformers": {"cls", "cls, GELU", "cls without position", "one channel", "LayerScale", "no positions", "learned_2d",
-                     "sincos", "relu, epsilon"},
+                     "sincos", "relu, epsilon", "silu"},
     "bigvision": {"cls", "cls without position", "mean of normalised", "attention pool", "one channel", "LayerScale",
                   "tanh layer", "no positions", "learned_2d", "sincos"},
     "onnx": set(MODELS),

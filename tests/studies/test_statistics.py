@@ -72,6 +72,14 @@ def test_groups_share_the_one_chance_in_twenty() -> None:
         compare(scores, [(1, 2)])  # a row that nobody judges
 
 
+def test_a_row_that_is_there_twice_makes_no_bound_smaller() -> None:
+    scores = np.random.default_rng(4).normal(size=(3, 3)).tolist()
+    twice = [*scores, scores[1]]
+    found, once = compare(twice, copies=[3]), detectable(scores, 3)
+    assert [row.detectable for row in found.rows[1:]] == [once] * 3
+    assert compare(twice).rows[1].detectable < once
+
+
 def test_one_seed_tells_nothing_from_noise() -> None:
     found = compare([[0.5], [0.9]])
     assert found.rows[1].detectable == math.inf
