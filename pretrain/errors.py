@@ -37,6 +37,12 @@ class BadSampleError(DataError):
         return type(self), (self.reason, self.where, self.key)
 
 
+class CacheInUseError(DataError):
+    """Other runs on this node hold so much of a cache, or another bound of it, that there is no room: it may pass."""
+
+    exit_code = 5
+
+
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or does not fit the run that asked for it."""
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,10 @@ def _score(source: "WeightsFile", dataset: "Dataset", batch: int, ranks: "Ranks"
     enough = -(-len(dataset) // ranks.size)
     reading = for_evaluation(source.config, min(batch, enough), ranks.size)
     plan = resolve(reading, ranks.size, facts(dataset, None), detect())
-    with EvalLoader(dataset, reading.data, source.model, plan, rank=ranks.rank) as loader:
+    with ExitStack() as stack:
+        with ranks.together():  # a disk of one node may have no room for its cache
+            loader = stack.enter_context(
+                EvalLoader(dataset, reading.data, source.model, plan, rank=ranks.rank)
+            )
         shown = tqdm(loader, desc="evaluating", unit="batch", disable=None if ranks.is_main else True)
         return score(forward, shown, source.config, len(dataset), ranks)

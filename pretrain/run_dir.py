@@ -25,7 +25,14 @@ from pretrain.checkpoint.layout import checkpoints, config_of, read_manifest, re
 from pretrain.config import Config, Plan, dump
 from pretrain.config.resume import FIXED, Refused, changed_keys, check_allowed, refused
 from pretrain.documents import number, read_object, whole
-from pretrain.errors import CheckpointError, ConfigError, ReplicaError, RunDirError, UserError
+from pretrain.errors import (
+    CacheInUseError,
+    CheckpointError,
+    ConfigError,
+    ReplicaError,
+    RunDirError,
+    UserError,
+)
 from pretrain.redact import redact_text
 
 CONFIG = "config.yaml"
@@ -130,7 +137,9 @@ def record_failure(run_dir: Path, rank: int, error: BaseException, words: str) -
 
     `retry` says whether the same command may fare better: not after what a user has to mend.
     """
-    mend = isinstance(error, UserError) and not isinstance(error, RunDirError | ReplicaError)
+    mend = isinstance(error, UserError) and not isinstance(
+        error, RunDirError | ReplicaError | CacheInUseError
+    )
     facts = {
         "rank": rank,
         "node": node(),

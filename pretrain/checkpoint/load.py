@@ -49,6 +49,10 @@ class Slices:
                     raise CheckpointError(
                         f"{self.folder / layout.rank_file(rank)} does not hold {kind} {name} as its manifest says: {error}"
                     ) from None
+                except FileNotFoundError:
+                    raise CheckpointError(
+                        f"{self.folder} was deleted while it was read: the run that it belongs to has a newer one"
+                    ) from None
         self._mapped += out.nbytes
         if self._mapped > MOST_MAPPED:
             self.close()

@@ -7,8 +7,8 @@
       step_00000800/rank_*.safetensors
       step_00000800/manifest.json    put last: without it there is no checkpoint
 
-Rank 0's thread sends the newest checkpoint, then the best, then the journal, then takes away what the run does not keep
-any more. Nothing that it meets reaches training: what fails is logged and counted, and tried again when the next checkpoint is there.
+Rank 0's thread sends the journal, then the newest checkpoint, then the best, then takes away what the run does not keep any
+more. Nothing that it meets reaches training: what fails is logged and counted, and tried again when the next checkpoint is there.
 """
 
 import re
@@ -125,6 +125,7 @@ class Mirror:
         newest = layout.pointer(self._run_dir, layout.LATEST)
         if newest is None:
             return
+        self._send_journal(place)  # first: a checkpoint that can be restored has the lines that led to it
         self._send(place, newest)
         place.put(f"{newest.name}\n".encode(), layout.LATEST)
         self._mirrored = layout.step_of(newest)
@@ -132,7 +133,6 @@ class Mirror:
         if best is not None and best in local:
             self._send(place, best)
             place.put(f"{best.name}\n".encode(), layout.BEST)
-        self._send_journal(place)
         self._prune(place, newest)
 
     def _send_journal(self, place: Place) -> None:

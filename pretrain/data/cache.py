@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from pretrain.errors import DataError
+from pretrain.errors import CacheInUseError, DataError
 from pretrain.logs import log
 
 LOW_WATER = 0.9
@@ -122,20 +122,26 @@ class NodeCache:
         with self._alone():
             others = self._claims()
             if limits := {other.limit for other in others} - {self._limit}:
-                raise DataError(
+                raise CacheInUseError(
                     f"data.cache_dir {self._folder}: others use it with a bound of {limits.pop():,} bytes, this run with "
                     f"{self._limit:,}\n  Give all of them the same data.cache_gib, or this run a folder of its own."
                 )
             taken = sum(other.held for other in others)
             if taken + held > self._limit:
-                raise DataError(
+                raise CacheInUseError(
                     f"data.cache_dir {self._folder}: {len(others)} others may hold {taken:,} of its {self._limit:,} bytes at "
                     f"a time, and {held:,} are needed here\n"
                     "  Raise data.cache_gib in all runs that share it, wait for the others, or name a folder of its own."
                 )
-            file = (self._folder / "claims" / uuid.uuid4().hex).open("xb", buffering=0)
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(_CLAIM.pack(held, self._limit))
+            path = self._folder / "claims" / uuid.uuid4().hex
+            file = path.open("xb", buffering=0)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.write(_CLAIM.pack(held, self._limit))
+            except OSError:  # a full disk
+                path.unlink()
+                file.close()
+                raise
         return file
 
     def _claims(self) -> list[_Claim]:
@@ -147,7 +153,9 @@ class NodeCache:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     path.unlink()
                 except BlockingIOError:
-                    found.append(_Claim(*_CLAIM.unpack(file.read())))
+                    content = file.read(_CLAIM.size)
+                    if len(content) == _CLAIM.size:  # else of one that is failing on a full disk
+                        found.append(_Claim(*_CLAIM.unpack(content)))
         return found
 
     @contextmanager

@@ -99,7 +99,7 @@ class Journal:
             descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
             _lock(descriptor, path)
             _heal(descriptor, path)
-            is_cut = progress.forget_beyond(run_dir, os.fstat(descriptor).st_size)
+            is_cut = progress.is_beyond(run_dir, os.fstat(descriptor).st_size)
             history = _read(path, from_step)
         except OSError as error:
             raise RunDirError(f"cannot write the journal {path}: {error.strerror or error}") from None
@@ -117,6 +117,8 @@ class Journal:
         if is_cut:
             log.warning("%s: lines that MLflow has are missing at its end; they are looked up there", path)
             journal._append("gap")
+            os.fsync(descriptor)
+            progress.forget(run_dir)  # not before: the gap would be forgotten with it
         journal._append("attempt", from_step=from_step, uri=uri)
         return journal
 

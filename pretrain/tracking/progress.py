@@ -48,14 +48,16 @@ def count_unsent(run_dir: Path) -> int:
         return sum(1 for _ in records.read_lines(file, note.offset if note else 0))
 
 
-def forget_beyond(run_dir: Path, size: int) -> bool:
-    """Take the note away where it tells of more bytes than the `size` that the journal has: it lost its end, and what will
-    stand there has not been delivered. Returns whether that was so."""
+def is_beyond(run_dir: Path, size: int) -> bool:
+    """Whether the note tells of more bytes than the `size` that the journal has: it lost its end, and what will stand there
+    has not been delivered."""
     note = read(run_dir)
-    if note is None or note.offset <= size:
-        return False
+    return note is not None and note.offset > size
+
+
+def forget(run_dir: Path) -> None:
+    """Take the note away: all of the journal is to be looked at again."""
     _path(run_dir).unlink(missing_ok=True)
-    return True
 
 
 def drain_lock(run_dir: Path) -> LockFile:

@@ -78,15 +78,15 @@ class MlflowRun:
                 synchronous=True,
             )
 
-    def newest_points(self, name: str, after: int) -> dict[int, tuple[float, int]]:
-        """step -> (value, time) of a metric at the steps after `after`: of several at one step the newest."""
+    def newest_points(self, name: str, first: int) -> dict[int, tuple[float, int]]:
+        """step -> (value, time) of a metric at step `first` and later: of several at one step the newest."""
         try:
             with self._answering():
                 history = self._client.get_metric_history(self._run, name)
         except RefusedError:  # a name that MLflow cannot have
             return {}
         points = sorted(history, key=lambda point: int(point.timestamp))
-        return {point.step: (point.value, point.timestamp) for point in points if point.step > after}
+        return {point.step: (point.value, point.timestamp) for point in points if point.step >= first}
 
     def set_status(self, status: str, time: int) -> None:
         """Set the status of the run, and of its campaign: that of the stage that spoke last."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,15 @@ def test_what_is_saved_after_a_fallback_is_kept_and_is_the_last(tmp_path: Path) 
     on_ranks(1, fall_back_and_save, tmp_path)
     assert on_ranks(1, which_loads, tmp_path) == [2]
     assert open_weights(tmp_path).step == 2
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_named(tmp_path: Path) -> None:
+    """As that of a living run, which keeps only the newest ones."""
+    on_ranks(1, write_three, tmp_path)
+    opened = open_weights(tmp_path)
+    shutil.rmtree(opened.path)
+    with pytest.raises(CheckpointError, match="was deleted while it was read"):
+        dict(opened.weights)
 
 
 def killed_in_save(ranks: Ranks, run: Path) -> None:

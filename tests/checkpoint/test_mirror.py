@@ -289,3 +289,15 @@ def test_a_hostile_manifest_of_a_mirror_writes_nothing_outside(run: Path, tmp_pa
         on_ranks(1, bring_back, tmp_path / "new", str(tmp_path / "mirror"))
     assert not list(tmp_path.rglob("canary"))
     assert issubclass(MirrorError, Exception)
+
+
+def test_a_checkpoint_that_is_there_has_the_journal_that_led_to_it(copy: Path, tmp_path: Path) -> None:
+    """Also where what comes after it was not sent any more."""
+    lines = b'{"op": "attempt"}\n'
+    (copy / "metrics.jsonl").write_bytes(lines)
+    for slices in (copy / "checkpoints" / NAMES[1]).glob("*.safetensors"):  # the best one: sent last
+        slices.write_bytes(b"")
+    mirror = mirrored(copy, str(tmp_path / "mirror"))
+    assert mirror.failures == 1
+    assert holds(str(tmp_path / "mirror"), copy) == [NAMES[3]]
+    assert (tmp_path / "mirror" / "journal").read_bytes() == lines

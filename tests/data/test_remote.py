@@ -34,7 +34,7 @@ from pretrain.data.order import Order
 from pretrain.data.read import LocalReader
 from pretrain.data.reader import announced, blocks_in_use, open_reader, reading, shares
 from pretrain.data.remote import RemoteReader
-from pretrain.errors import DataError, PeerError
+from pretrain.errors import CacheInUseError, DataError, PeerError
 
 BLOCK = 7
 """Samples of a block in these tests."""
@@ -404,15 +404,19 @@ def test_a_reader_for_which_others_leave_no_room_is_refused_before_it_reads(serv
     first = open_reader(remote, data_config(**settings), BLOCK, 8)
     before = len(server.requests)
     with pytest.raises(
-        DataError,
+        CacheInUseError,
         match=r"1 others may hold [\d,]+ of its [\d,]+ bytes at a time, and [\d,]+ are needed here\n  Raise data\.cache_gib",
     ):
         open_reader(remote, data_config(**settings), BLOCK, 8)
     with pytest.raises(
-        DataError, match=r"others use it with a bound of [\d,]+ bytes(.|\n)*the same data\.cache_gib"
+        CacheInUseError, match=r"others use it with a bound of [\d,]+ bytes(.|\n)*the same data\.cache_gib"
     ):
         open_reader(remote, data_config(**settings | {"cache_gib": 1.0}), BLOCK, 1)
     assert len(server.requests) == before
+    with (tmp_path / "cache" / "claims" / "torn").open("wb") as torn:  # of one that the disk had no room for
+        fcntl.flock(torn, fcntl.LOCK_EX)
+        with pytest.raises(CacheInUseError, match="1 others may hold"):
+            open_reader(remote, data_config(**settings), BLOCK, 8)
     first.close()
     first.close()
     assert read(remote, np.arange(20), **settings | {"cache_gib": 1.0}) == whole[:20]

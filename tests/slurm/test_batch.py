@@ -15,7 +15,7 @@ from launch.profile import Profile
 from launch.render import render
 from launch.verdict import DAY_SECONDS, ENDED_BY_SLURM, Attempt, Failure, Limits, bad_nodes, judge
 from pretrain import run_dir
-from pretrain.errors import DataError
+from pretrain.errors import CacheInUseError, DataError
 
 LIMITS = Limits(without_progress=2, failures_per_day=4)
 BUG = Failure(1, "node1", "ValueError: step 17 is odd, at 0x7f1c", retry=True, exit_code=1)
@@ -242,6 +242,20 @@ def test_a_user_s_mistake_ends_the_job_with_its_own_code(tmp_path: Path) -> None
     assert stage.starts() == DataError.exit_code
     assert words.encode() in stage.said.stderr
     assert not list(tmp_path.rglob("canary"))
+
+
+def test_a_cache_that_others_fill_at_the_moment_is_a_reason_to_try_again(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, [])
+    run_dir.record_failure(stage.run, 3, CacheInUseError("no room"), "no room")
+    kept = (stage.run / "logs" / "rank_3.failure").rename(tmp_path / "failure")
+    fake(
+        stage.programs,
+        "srun",
+        f"cp {kept} {stage.run}/logs/rank_3.failure",
+        f"exit {CacheInUseError.exit_code}",
+    )
+    assert stage.starts() == 85
+    assert REQUEUE in stage.asked_of_slurm()
 
 
 def test_words_of_an_earlier_attempt_do_not_count(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import signal
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow_server import Server, Stored
 
-from pretrain.tracking import Journal, progress, records
+from pretrain.tracking import Journal, journal, progress, records
 from pretrain.tracking.deliver import Drainer, deliver
 from pretrain.tracking.journal import journal_path, restored_path
 
@@ -60,6 +61,27 @@ def test_points_of_lines_that_a_power_cut_took_are_not_doubled(database: Path, t
     assert len(stored.run_ids) == 1
     drain(run, uri, from_start=True)
     assert stored.points("train/loss") == [(step, step) for step in range(1, 13)]
+
+
+def test_a_kill_while_a_cut_journal_is_opened_does_not_hide_the_cut(
+    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, uri = tmp_path / "run", f"sqlite:///{database}"
+    attempt(run, range(1, 11), from_step=0, perf=100.0, status=None)
+    drain(run, uri)
+    cut(run, 8)
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(journal, "_read", killed)
+        attempt(run, range(6, 7), from_step=5, perf=50.0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    attempt(run, range(6, 13), from_step=5, perf=50.0)
+    drain(run, uri)
+    assert Stored(database, run).points("train/loss") == [(step, step) for step in range(1, 13)]
+
+
+def killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_what_stands_where_lost_lines_stood_is_delivered(database: Path, tmp_path: Path) -> None:
