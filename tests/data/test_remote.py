@@ -436,7 +436,7 @@ def test_a_rank_whose_node_has_no_room_left_stops_all_of_them_with_its_reason(
     other = NodeCache(tmp_path / "cache", round(bound), 1.0, round(1.5 * remote.num_bytes))
     ends = launch(2, tmp_path, str(tmp_path / "config.yaml"))
     other.close()
-    assert {code for code, _ in ends} == {DataError.exit_code, PeerError.exit_code}
+    assert {code for code, _ in ends} == {CacheInUseError.exit_code, PeerError.exit_code}
     assert "bytes at a time, and" in ends[0][1]
     assert "Raise data.cache_gib in all runs that share it" in ends[0][1]
     assert "Traceback" not in ends[0][1]
