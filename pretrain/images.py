@@ -29,9 +29,7 @@ def validation_images(config: Config, count: int = 16) -> Tensor | None:
         return None
     reading = for_evaluation(config, count, 1)
     plan = resolve(reading, 1, facts(dataset, None), Hardware("cpu", "", has_bf16=False))
-    # The cache has room for those that read all the time; for a few images nobody is to be refused.
-    data = reading.data.model_copy(update={"cache_dir": None, "cache_gib": None, "read_ahead_mib": None})
-    with EvalLoader(dataset, data, reading.model, plan, rank=0) as loader:
+    with EvalLoader(dataset, reading.data.without_cache(), reading.model, plan, rank=0) as loader:
         batch = next(iter(loader))
     return batch.images[batch.weights > 0]
 

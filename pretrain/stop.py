@@ -1,8 +1,8 @@
 """Signals set a flag; the trainer looks at it between two steps.
 
 The first SIGTERM, SIGUSR1, SIGINT or SIGHUP (a terminal that closed) asks for a checkpoint and an orderly end. After it a
-batch system's further signals are ignored, and a second Ctrl-C aborts. A SIGHUP that `nohup` ignores stays so. Forked children that inherit the handler are told apart by their
-process id.
+batch system's further signals are ignored, and a second Ctrl-C aborts. A SIGHUP that `nohup` ignores stays so. Forked
+children that inherit the handler are told apart by their process id.
 """
 
 import os

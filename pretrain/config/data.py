@@ -120,6 +120,10 @@ class DataConfig(Section):
         120.0, description="remote shards: time for one read, retries included, after which the run stops"
     )
 
+    def without_cache(self) -> Self:
+        """The same for a reader of a few samples: the cache's room is for those that read all the time."""
+        return self.model_copy(update={"cache_dir": None, "cache_gib": None, "read_ahead_mib": None})
+
     @model_validator(mode="after")
     def _cache_whole(self) -> Self:
         if (self.cache_dir is None) != (self.cache_gib is None):

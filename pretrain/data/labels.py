@@ -63,8 +63,7 @@ def _look(dataset: Dataset, data: DataConfig) -> IntArray:
         for start, stop in pairwise(bounds)
         if (count := min(LOOKED_AT, stop - start))
     ]
-    without_cache = data.model_copy(update={"cache_dir": None, "cache_gib": None, "read_ahead_mib": None})
-    reader = open_reader(dataset, without_cache, block_samples=1, blocks_in_use=READ_AT_ONCE)
+    reader = open_reader(dataset, data.without_cache(), block_samples=1, blocks_in_use=READ_AT_ONCE)
     labels = []
     try:
         places = (dataset.locate(np.array([number])) for number in np.concatenate(parts))

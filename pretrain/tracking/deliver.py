@@ -10,6 +10,7 @@ from typing import Any
 
 from mlflow.entities import Metric, Param, RunTag
 
+from pretrain.documents import read_object
 from pretrain.errors import RunDirError
 from pretrain.logs import log
 from pretrain.tracking import progress, records
@@ -151,10 +152,10 @@ class Drainer:
     def _deserved_status(self, attempt: int) -> str:
         """What an attempt's process had already said of its end to others, if it died before it could say it here."""
         try:
-            status = json.loads((self._run_dir / RUN_STATUS).read_text())
-            if status["attempt"] == attempt:
-                return {"finished": "FINISHED", "failed": "FAILED"}.get(status["status"], "KILLED")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            status = read_object(self._run_dir / RUN_STATUS)
+            if status.get("attempt") == attempt:
+                return {"finished": "FINISHED", "failed": "FAILED"}.get(str(status.get("status")), "KILLED")
+        except (OSError, ValueError):
             pass
         return "KILLED"
 

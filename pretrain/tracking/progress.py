@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 from typing import NamedTuple
 
+from pretrain.documents import read_object
 from pretrain.tracking import records
 from pretrain.tracking.locks import LockFile
 
@@ -33,10 +34,10 @@ class Delivered(NamedTuple):
 def read(run_dir: Path) -> Delivered | None:
     """The drainer's note, or None where there is none that can be read."""
     try:
-        match json.loads(_path(run_dir).read_text()):
+        match read_object(_path(run_dir)):
             case {"uri": str(uri), "offset": int(offset), "error": str() | None as error} if offset >= 0:
                 return Delivered(uri, offset, error)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         pass
     return None
 

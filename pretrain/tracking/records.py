@@ -76,7 +76,9 @@ def _is_text_or_none(found: object) -> bool:
 
 
 def _is_number(found: object) -> bool:
-    return found is None or (type(found) in (int, float) and -_LARGEST <= found <= _LARGEST)  # type: ignore[operator]
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        return found is None
+    return -_LARGEST <= found <= _LARGEST
 
 
 def _are_numbers(found: object) -> bool:

@@ -47,11 +47,17 @@ def cut(run_dir: Path, step: int) -> None:
     os.truncate(path, content.rindex(b"\n", 0, content.index(b'"step":%d,' % step)) + 1)
 
 
-def test_points_of_lines_that_a_power_cut_took_are_not_doubled(database: Path, tmp_path: Path) -> None:
+def delivered_and_cut(database: Path, tmp_path: Path, step: int) -> tuple[Path, str]:
+    """Ten steps that MLflow has; the journal has lost those from `step` on. Returns the run and MLflow's address."""
     run, uri = tmp_path / "run", f"sqlite:///{database}"
     attempt(run, range(1, 11), from_step=0, perf=100.0, status=None)
     drain(run, uri)
-    cut(run, 8)
+    cut(run, step)
+    return run, uri
+
+
+def test_points_of_lines_that_a_power_cut_took_are_not_doubled(database: Path, tmp_path: Path) -> None:
+    run, uri = delivered_and_cut(database, tmp_path, 8)
     attempt(run, range(6, 13), from_step=5, perf=50.0)
     drain(run, uri)
     stored = Stored(database, run)
@@ -66,10 +72,7 @@ def test_points_of_lines_that_a_power_cut_took_are_not_doubled(database: Path, t
 def test_a_kill_while_a_cut_journal_is_opened_does_not_hide_the_cut(
     database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, uri = tmp_path / "run", f"sqlite:///{database}"
-    attempt(run, range(1, 11), from_step=0, perf=100.0, status=None)
-    drain(run, uri)
-    cut(run, 8)
+    run, uri = delivered_and_cut(database, tmp_path, 8)
     child = os.fork()
     if not child:
         monkeypatch.setattr(journal, "_read", killed)
@@ -86,10 +89,7 @@ def killed(*_: object) -> None:
 
 def test_what_stands_where_lost_lines_stood_is_delivered(database: Path, tmp_path: Path) -> None:
     """The old note of progress points into the middle of new lines."""
-    run, uri = tmp_path / "run", f"sqlite:///{database}"
-    attempt(run, range(1, 11), from_step=0, perf=100.0, status=None)
-    drain(run, uri)
-    cut(run, 3)
+    run, uri = delivered_and_cut(database, tmp_path, 3)
     attempt(run, range(3, 60), from_step=2, perf=100.0)
     drain(run, uri)
     assert Stored(database, run).points("train/loss") == [(step, step) for step in range(1, 60)]
