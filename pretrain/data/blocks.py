@@ -35,6 +35,7 @@ class Blocks(Generic[K, B]):
         self._lock = threading.Lock()
         self._entries: OrderedDict[K, _Entry[B]] = OrderedDict()
         self._threads = ThreadPoolExecutor(threads, "fetch")
+        self._closed = False
         self.taken = 0
         self.ahead = 0
         """Sizes of all blocks held or under way, and of those among them that nobody has asked for yet."""
@@ -49,8 +50,10 @@ class Blocks(Generic[K, B]):
         job.add_done_callback(lambda job: self._abandon(entry) if job.cancelled() else None)
 
     def get(self, key: K) -> B:
-        """The block; raises what its fetch raised."""
+        """The block; raises what its fetch raised, and `DataError` once this is closed."""
         with self._lock:
+            if self._closed:
+                raise _closed()
             entry = self._entries.get(key)
             mine = entry is None
             if entry is None:
@@ -77,6 +80,7 @@ class Blocks(Generic[K, B]):
         """Returns at once. Fetches under way end by themselves; who waits for one that has not begun gets an error."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         with self._lock:
+            self._closed = True
             self._entries.clear()
 
     def _fill(self, key: K, entry: _Entry[B]) -> None:
@@ -89,7 +93,7 @@ class Blocks(Generic[K, B]):
             entry.block.set_exception(error)
 
     def _abandon(self, entry: _Entry[B]) -> None:
-        entry.block.set_exception(DataError("not read, because the reader was closed"))
+        entry.block.set_exception(_closed())
 
     def _add(self, key: K, *, used: bool) -> _Entry[B]:
         """Enter a block, and let go of others where there are too many."""
@@ -114,3 +118,7 @@ class Blocks(Generic[K, B]):
         if entry is not None:
             self.taken -= entry.size
             self.ahead -= 0 if entry.used else entry.size
+
+
+def _closed() -> DataError:
+    return DataError("not read, because the reader was closed")

@@ -48,7 +48,7 @@ class _Key(NamedTuple):
 
 
 class LocalReader:
-    """Reads samples of a data set. Thread-safe; `close` gives the descriptors back."""
+    """Reads samples of a data set. Thread-safe; `close` gives the descriptors back, those of reads under way as these end."""
 
     def __init__(self, dataset: Dataset, block_samples: int, blocks_in_use: int = 1024) -> None:
         """block_samples: samples of one I/O block, counted from the start of a shard (see `data.order`).
@@ -78,7 +78,7 @@ class LocalReader:
 
     def close(self) -> None:
         for kept in (self._blocks, self._indexes, self._files):
-            kept.clear()
+            kept.close()
 
     def _load_index(self, shard: int) -> npt.NDArray[np.void]:
         path = Path(self._dataset.paths[shard])
@@ -101,6 +101,7 @@ class _Recent(Generic[K, V]):
         self._lock = threading.Lock()
         self._kept: OrderedDict[K, V] = OrderedDict()
         self._taken = 0
+        self._closed = False
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -112,6 +113,8 @@ class _Recent(Generic[K, V]):
                 return self._kept[key]
         made = self._make(key)
         with self._lock:
+            if self._closed:
+                return made
             if key not in self._kept:
                 self._kept[key] = made
                 self._taken += self._size(made)
@@ -120,8 +123,10 @@ class _Recent(Generic[K, V]):
                 self._taken -= self._size(self._kept.popitem(last=False)[1])
             return value
 
-    def clear(self) -> None:
+    def close(self) -> None:
+        """Keep nothing from now on: a read that is under way ends with what it has."""
         with self._lock:
+            self._closed = True
             self._kept.clear()
             self._taken = 0
 

@@ -256,6 +256,15 @@ def test_a_rank_in_many_shards_reads_each_index_once_and_keeps_few_files_open(tm
     assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
+def test_a_read_that_ends_after_the_reader_was_closed_leaves_no_descriptor(train_set):
+    """As of a decode thread that is at it while the loader closes."""
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    reader = LocalReader(train_set, block_samples=4)
+    reader.close()
+    assert len(reader.read(np.zeros(1, int), np.zeros(1, int))) == 1
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
 @pytest.mark.parametrize("failures", [1, read.REREADS])
 def test_an_index_that_is_damaged_on_its_way_is_read_again(train_set, monkeypatch, caplog, failures):
     """As by a bit that flips in memory or on a wire: the file itself is sound."""

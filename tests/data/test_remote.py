@@ -247,6 +247,8 @@ def test_closing_ends_who_waits_for_a_block_that_has_not_begun():
     going.set()
     assert not thread.is_alive()
     assert "the reader was closed" in str(failed[0])
+    with pytest.raises(DataError, match="the reader was closed"):
+        blocks.get(3)
 
 
 def test_read_ahead_of_nothing_fetches_what_is_due(server, remote, whole):
