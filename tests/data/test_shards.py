@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -67,6 +68,63 @@ def test_a_split_folder_stays_split(tmp_path):
     assert {key: label for key, _, label in samples(tmp_path / "out" / "val")} == {"bee/0": 1, "dog/0": 3}
     assert len(samples(tmp_path / "out" / "train")) == 18
     refused("already split", "pack", tmp_path / "images", tmp_path / "other", "--val-share", 0.1)
+
+
+def test_folders_named_like_splits_are_no_classes(tmp_path):
+    image_folder(tmp_path / "images" / "train")
+    image_folder(tmp_path / "images" / "test", per_class=1)
+    done("pack", tmp_path / "images", tmp_path / "out")
+    assert {key: label for key, _, label in samples(tmp_path / "out" / "val")} == {
+        "ant/0": 0, "bee/0": 1, "cat/0": 2,
+    }  # fmt: skip
+    (tmp_path / "images" / "validation" / "ant").mkdir(parents=True)
+    refused("both a validation and a test", "pack", tmp_path / "images", tmp_path / "other")
+    image_folder(tmp_path / "vehicles", names=("car", "train"))
+    done("pack", tmp_path / "vehicles", tmp_path / "other")
+    assert len(samples(tmp_path / "other" / "train")) == 12
+
+
+def test_what_a_folder_holds_besides_images_is_said(tmp_path, caplog):
+    source = image_folder(tmp_path / "images", per_class=1)
+    for name in (
+        "ant/1.bmp",
+        "bee/deep/2.BMP",
+        "notes",
+        "loose.png",
+        "ant/.hidden",
+        ".more/x.bmp",
+        "ant/.old/0.png",
+    ):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(picture(1))
+    done("pack", source, tmp_path / "out")
+    assert len(samples(tmp_path / "out" / "train")) == 3
+    assert (
+        f"{source}: files that are no jpeg, jpg, png, webp below a class folder are left out: "
+        ".bmp (2), notes (1), .png (1)"
+    ) in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "match"),
+    [
+        ("link.png", "nowhere.png", "link.png: is no file, or a link to nowhere"),
+        ("more", ".", "not followed"),
+    ],
+)
+def test_what_would_be_missing_in_silence_is_refused(tmp_path, name, target, match):
+    source = image_folder(tmp_path / "images")
+    (source / "ant" / name).symlink_to(target)
+    refused(match, "pack", source, tmp_path / "out")
+
+
+def test_names_that_are_no_utf8_are_packed_and_name_no_class(tmp_path):
+    source = image_folder(tmp_path / "images", per_class=1)
+    (source / os.fsdecode(b"ant/caf\xe9\n.png")).write_bytes(picture(1))
+    done("pack", source, tmp_path / "out")
+    assert "ant/caf__" in {key for key, _, _ in samples(tmp_path / "out" / "train")}
+    (source / os.fsdecode(b"\xe9")).mkdir()
+    refused(r"'\\udce9' cannot name a class: it is not UTF-8", "pack", source, tmp_path / "other")
 
 
 @pytest.mark.parametrize("packed", [True, False])

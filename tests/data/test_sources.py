@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,6 +132,14 @@ def test_links_inside_the_folder_are_followed(tmp_path):
         ([("ant", 0)], ("path", "label"), "'ant' ends in none of"),
         ([("ant/a\x1bb.png", 0)], ("path", "label"), "control characters"),
         ([("ant/a\0b.png", 0)], ("path", "label"), "control characters|cannot be read as CSV"),
+        *(
+            (
+                [("ant/0.png", 10), ("ant/1.png", other)],
+                ("path", "label"),
+                f"line 3: the label {other} is a number, but no",
+            )
+            for other in ("-1", "2.0", "nan", "10000000000")
+        ),
         ([("ant/0.png", 0, "more")], ("path", "label"), "line 2: 3 cells; the table has 2 columns"),
     ],
 )
@@ -301,6 +310,18 @@ def write(path: Path, **columns: object) -> None:
             "would both have the key k",
         ),
         (lambda p: cut(p, [0] * 40), "cannot be read as parquet"),
+        (
+            lambda p: write(p, image=[b"", b""], label=[0.0, 1.0]),
+            r"row 0: the label 0\.0 is a number, but no class",
+        ),
+        (lambda p: hugging_face(p, [0.0, math.nan], ["a", "b"]), r"row 0: the label is 0\.0, but"),
+        (lambda p: write(p, image=[b""], label=[b"cat"]), "row 0: the label is of type bytes"),
+        (
+            lambda p: write(p, image=[b"", b""], label=[0, 1], split=["train", None]),
+            "row 1: the split is empty",
+        ),
+        (lambda p: write(p, image=[b""], label=[0], key=pa.array([None], pa.string())), "the key is empty"),
+        (lambda p: table(p, [("a.png", [0])]), "row 0: the label is of type list"),
     ],
 )
 def test_parquet_that_cannot_be_packed_is_named(tmp_path, make, match):
@@ -321,6 +342,15 @@ def test_files_that_name_classes_differently_are_refused(tmp_path):
     hugging_face(tmp_path / "hub" / "a.parquet", [0, 1], ["x", "y"])
     hugging_face(tmp_path / "hub" / "b.parquet", [0, 1], ["y", "x"], first=9)
     refused("name their classes differently", "pack", tmp_path / "hub", tmp_path / "out")
+
+
+def test_files_of_which_some_give_splits_and_some_none_are_refused(tmp_path):
+    """The images of those that do would be left out."""
+    write(tmp_path / "a.parquet", image=[picture(1)], label=[0], split=["train"])
+    write(tmp_path / "b.parquet", image=[picture(2)], label=[0])
+    refused(
+        "of some images which split they are in, and of others nothing", "pack", tmp_path, tmp_path / "out"
+    )
 
 
 def test_what_was_unpacked_is_kept_and_a_changed_file_is_not(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 from pretrain.errors import DataError
 
 _INDEX = re.compile(r"[0-9]{1,9}")
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?(e[+-]?[0-9]+)?|nan", re.IGNORECASE)
 
 
 def read_label_map(path: Path) -> dict[str, int]:
@@ -40,7 +41,8 @@ def indexed(
     """Class index of each (label, where it stands), and the names of the classes.
 
     By the map, if there is one. Without: decimal numbers are indexes, and have no names; names are numbered in their
-    order. Raises `DataError` for a label that the map does not have.
+    order. Raises `DataError` for a label that the map does not have, and for numbers that are no indexes: in the order
+    of their names 10 would come before 2.
     """
     pairs = list(labels)
     if label_map is not None:
@@ -50,14 +52,27 @@ def indexed(
                     f"{where}: the label {name!a} is not in the label map; it has {_some(list(label_map))}"
                 )
         return [label_map[name] for name, _ in pairs], names_of(label_map)
-    empty = next((where for name, where in pairs if not name), None)
-    if empty is not None:
-        raise DataError(f"{empty}: the label is empty")
     distinct = {name for name, _ in pairs}
     if all(_INDEX.fullmatch(name) for name in distinct):
         return [int(name) for name, _ in pairs], None
+    if all(_NUMBER.fullmatch(name) for name in distinct):
+        name, where = next(pair for pair in pairs if not _INDEX.fullmatch(pair[0]))
+        raise DataError(
+            f"{where}: the label {name} is a number, but no class index; those are whole numbers from 0 on\n"
+            "  Mend the labels, or give the index of each by --label-map."
+        )
     numbers = {name: number for number, name in enumerate(sorted(distinct))}
     return [numbers[name] for name, _ in pairs], list(numbers)
+
+
+def cell_text(cell: object, name: str, where: str) -> str:
+    """The cell of column `name`; raises `DataError` where it is empty, or neither text nor a number."""
+    if not isinstance(cell, str | int | float | None):
+        raise DataError(f"{where}: the {name} is of type {type(cell).__name__}; text or a number is needed")
+    text = "" if cell is None else str(cell)
+    if not text.strip():
+        raise DataError(f"{where}: the {name} is empty")
+    return text
 
 
 def names_of(label_map: dict[str, int]) -> list[str]:

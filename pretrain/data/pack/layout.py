@@ -22,8 +22,10 @@ def assign(splits: dict[str, list[Item]], val_share: float, seed: int) -> dict[s
     """Items by split, each in the order in which they are written. Raises `DataError` where a share cannot be taken."""
     if "" not in splits:
         if val_share:
-            raise DataError("the source is already split in train and val; leave --val-share out")
+            raise DataError(f"the source is already split ({', '.join(splits)}); leave --val-share out")
         return {split: _shuffled(items, seed) for split, items in splits.items() if items}
+    if len(splits) > 1:
+        raise DataError("the source says of some images which split they are in, and of others nothing")
     items = _shuffled(splits[""], seed)
     chosen = {item.key for item in items if _draw(seed, item.key)[1] < val_share}
     if val_share and not 0 < len(chosen) < len(items):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pretrain.data.pack.labels import indexed
+from pretrain.data.pack.labels import cell_text, indexed
 from pretrain.data.pack.source import Item, Keys, Source, digest, key_of, split_names
 from pretrain.data.pack.unpack import Cell, RowGroups, parquet_file
 from pretrain.errors import DataError
@@ -158,21 +158,17 @@ def _rows(
     for batch in file.iter_batches(columns=wanted, row_groups=groups):
         for cells in batch.to_pylist():
             where = f"{part.path}, row {before + number}"
-            label = _label(cells[columns.label], names, where)
-            key = (
-                cells["key"]
-                if "key" in cells
-                else f"{key_of(Path(Path(part.path).name))}/{before + number:08d}"
-            )
-            yield _Row(where, label, cells.get("split", split), str(key), Cell(part, number, size))
+            label = _label(cells.pop(columns.label), names, where)
+            said = {name: cell_text(cell, name, where) for name, cell in cells.items()}
+            key = said.get("key", f"{key_of(Path(Path(part.path).name))}/{before + number:08d}")
+            yield _Row(where, label, said.get("split", split), key, Cell(part, number, size))
             number += 1
 
 
 def _label(cell: Any, names: list[str] | None, where: str) -> str:
-    if cell is None:
-        raise DataError(f"{where}: the label is empty")
+    text = cell_text(cell, "label", where)
     if names is None or isinstance(cell, str):
-        return str(cell)
-    if not 0 <= int(cell) < len(names):
+        return text
+    if not isinstance(cell, int) or not 0 <= cell < len(names):
         raise DataError(f"{where}: the label is {cell}, but the file names classes 0 to {len(names) - 1}")
-    return names[int(cell)]
+    return names[cell]

@@ -118,6 +118,10 @@ def suffix_of(path: Path) -> str:
     return suffix if suffix in IMAGE_SUFFIXES else ""
 
 
+def is_split(name: str) -> bool:
+    return name in _SPLIT_OF
+
+
 def split_names(given: Iterable[str], where: str) -> dict[str, str]:
     """What each name of a split means to us: train or val. Raises `DataError` for others, and for val and test."""
     names = sorted(set(given))
@@ -134,5 +138,5 @@ def digest(words: Iterable[str]) -> str:
     """sha256 in hex over lines of text."""
     identity = hashlib.sha256()
     for word in words:
-        identity.update(f"{word}\n".encode())
+        identity.update(f"{word}\n".encode(errors="surrogateescape"))  # a path may be no UTF-8
     return identity.hexdigest()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.data.pack.labels import indexed
+from pretrain.data.pack.labels import cell_text, indexed
 from pretrain.data.pack.source import ImageFile, Item, Keys, Source, key_of, split_names, suffix_of
 from pretrain.data.pack.unpack import parquet_file
 from pretrain.data.tar import IMAGE_SUFFIXES
@@ -139,8 +139,5 @@ def _columns(names: Sequence[str], path: Path) -> dict[str, int]:
 
 def _row(where: str, cells: dict[str, Any]) -> Row:
     """Cells as text; an empty one is a mistake, never a default."""
-    texts = {name: "" if cell is None else str(cell).strip() for name, cell in cells.items()}
-    empty = next((name for name, text in texts.items() if not text), None)
-    if empty is not None:
-        raise DataError(f"{where}: the {empty} is empty")
+    texts = {name: cell_text(cell, name, where).strip() for name, cell in cells.items()}
     return Row(where, texts["path"], texts["label"], texts.get("split"), texts.get("key"))
