@@ -189,7 +189,10 @@ def _listed(paths: list[str], manifests: dict[str, Manifest]) -> list[Shard]:
 def _check_files(files: list[tuple[str, Shard]], *, whole: bool) -> None:
     """One listing of each folder; one `stat` a shard. whole: all tars of a folder should be among them."""
     folders = dict.fromkeys(folder_of(path) for path, _ in files)
-    present = {folder: {entry.name for entry in os.scandir(folder)} for folder in folders}
+    present = {
+        folder: {entry.name for entry in os.scandir(folder) if entry.is_file() or entry.is_symlink()}
+        for folder in folders
+    }
     for what, suffix in (("shards", ""), ("indexes", SUFFIX)):
         missing = [
             path + suffix for path, _ in files if name_of(path) + suffix not in present[folder_of(path)]

@@ -12,6 +12,7 @@ Little endian. A header of 68 bytes, then a row of 12 bytes for each sample, in 
              uint32   crc32 of the 64 bytes before and of all rows
 """
 
+import errno
 import struct
 import zlib
 from dataclasses import dataclass
@@ -58,6 +59,18 @@ def index_path(tar: Path) -> Path:
     return tar.with_name(tar.name + SUFFIX)
 
 
+def require_file(path: Path) -> None:
+    """Raise `OSError` for a pipe or a device, which would be read for ever."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+
+
+def read_file(path: Path) -> bytes:
+    """An index or a manifest; raises `OSError`."""
+    require_file(path)
+    return path.read_bytes()
+
+
 def index_bytes(samples: int) -> int:
     """Size of the index of a shard of that many samples."""
     return _HEADER.size + samples * ROW.itemsize
@@ -90,6 +103,8 @@ def parse_index(data: bytes, path: Path | str) -> ShardIndex:
     if zlib.crc32(memoryview(data)[_HEADER.size :], zlib.crc32(data[:_BEFORE_CRC])) != crc:
         raise refuse("damaged: its checksum does not match")
     table = np.frombuffer(data, ROW, offset=_HEADER.size)
+    if count == 0 or labels[0] > labels[1]:
+        raise refuse("it holds no sample, or its lowest label is above its highest")
     if not _is_sound(table, tar_bytes):
         raise refuse("its samples overlap, lie outside the tar or are too large")
     return ShardIndex(table, tar_bytes, tar_sha256.hex(), (labels[0], labels[1]))
@@ -99,12 +114,9 @@ def _is_sound(table: npt.NDArray[Any], tar_bytes: int) -> bool:
     start = table["offset"].astype(np.int64) * BLOCK
     stop = start + table["length"]
     return bool(
-        len(table) == 0
-        or (
-            (start[1:] >= stop[:-1]).all()
-            and stop[-1] <= tar_bytes
-            and (table["length"] > 0).all()
-            and (table["length"] <= MAX_SAMPLE_BYTES).all()
-            and (table["length"] % BLOCK == 0).all()
-        )
+        (start[1:] >= stop[:-1]).all()
+        and stop[-1] <= tar_bytes
+        and (table["length"] > 0).all()
+        and (table["length"] <= MAX_SAMPLE_BYTES).all()
+        and (table["length"] % BLOCK == 0).all()
     )

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pretrain.data.index import remedy
+from pretrain.data.index import read_file, remedy
 from pretrain.errors import DataError
 
 NAME = "manifest.json"
@@ -26,8 +26,8 @@ class Shard:
     __pydantic_config__ = _STRICT
 
     name: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*\.tar$")]
-    samples: Annotated[int, Field(ge=1)]
-    bytes: Annotated[int, Field(ge=1)]
+    samples: Annotated[int, Field(ge=1, lt=2**32)]
+    bytes: Annotated[int, Field(ge=1, lt=2**42)]
     sha256: Sha256
     index_sha256: Sha256
 
@@ -108,7 +108,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check `folder/manifest.json`; raises `DataError`."""
     path = folder / NAME
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except (FileNotFoundError, NotADirectoryError):
         what = "there is no such folder" if not folder.is_dir() else f"there is no {NAME} beside the shards"
         raise DataError(f"{folder}: {what}\n  {_advice(folder)}") from None

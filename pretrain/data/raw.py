@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from pretrain.data.index import BLOCK, ShardIndex, index_path, parse_index
+from pretrain.data.index import BLOCK, ShardIndex, index_path, parse_index, read_file, require_file
 from pretrain.errors import DataError
 
 
@@ -37,6 +37,7 @@ def opened(path: Path) -> Iterator[RawShard]:
     """Raises `DataError` where the tar or its index cannot be read, or the index is damaged."""
     index = read_index(path)
     try:
+        require_file(path)
         file = path.open("rb")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
@@ -48,6 +49,6 @@ def read_index(tar: Path) -> ShardIndex:
     """The index beside a tar; raises `DataError`."""
     path = index_path(tar)
     try:
-        return parse_index(path.read_bytes(), path)
+        return parse_index(read_file(path), path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None

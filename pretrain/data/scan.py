@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from pretrain.data.index import SUFFIX, ShardIndex, index_path, parse_index
+from pretrain.data.index import SUFFIX, ShardIndex, index_path, parse_index, read_file
 from pretrain.data.manifest import NAME, Manifest, Shard, read_manifest
 from pretrain.data.object_tar import ObjectTar
 from pretrain.data.pool import Advance, run
@@ -166,7 +166,7 @@ def _unchanged(tar: Path) -> Indexed | None:
     """What the index beside a tar says, if it was written after the tar and for its size."""
     file = index_path(tar)
     try:
-        content = file.read_bytes()
+        content = read_file(file)
         index = parse_index(content, file)
         written, changed = file.stat().st_mtime_ns, tar.stat()
     except (OSError, DataError):

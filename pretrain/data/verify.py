@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.data.decode import decode
-from pretrain.data.index import index_path, parse_index
+from pretrain.data.index import index_path, parse_index, read_file, require_file
 from pretrain.data.manifest import Manifest, Shard, read_manifest
 from pretrain.data.pool import Advance, run
 from pretrain.data.raw import RawShard, opened
@@ -138,6 +138,7 @@ def _check_files(job: Job) -> list[str]:
     """Size and hash of the tar and of its index, against the manifest."""
     reasons = []
     try:
+        require_file(job.path)
         size = job.path.stat().st_size
         with job.path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -149,7 +150,7 @@ def _check_files(job: Job) -> list[str]:
         reasons.append(f"the tar cannot be read: {error.strerror}")
     file_of_index = index_path(job.path)
     try:
-        content = file_of_index.read_bytes()
+        content = read_file(file_of_index)
         index = parse_index(content, file_of_index)
         if hashlib.sha256(content).hexdigest() != job.shard.index_sha256:
             reasons.append("the index is not the one of the manifest (sha256)")
@@ -209,16 +210,18 @@ def _same_keys(paths: Sequence[Path], keys: Sequence[npt.NDArray[np.uint64]]) ->
     ordered = hashes[order]
     again = np.flatnonzero((ordered[1:] == ordered[:-1]) & (ordered[1:] != 0))
     suspects = np.unique(np.concatenate((order[again], order[again + 1])))
+    edges = np.searchsorted(suspects, starts)
     first: dict[str, str] = {}
     problems = []
-    for place in suspects.tolist():
-        shard = int(np.searchsorted(starts, place, side="right")) - 1
-        number = place - int(starts[shard])
-        with opened(paths[shard]) as raw:
-            key = _names(raw.read(number))[0]
-        if key in first:
-            problems.append(Problem(paths[shard].name, number, key, f"{first[key]} has the same key"))
-        first.setdefault(key, f"sample {number} of {paths[shard].name}")
+    for path, start, mine in zip(paths, starts.tolist(), np.split(suspects, edges[1:-1]), strict=False):
+        if not len(mine):
+            continue
+        with opened(path) as raw:
+            for number in (mine - start).tolist():
+                key = _names(raw.read(number))[0]
+                if key in first:
+                    problems.append(Problem(path.name, number, key, f"{first[key]} has the same key"))
+                first.setdefault(key, f"sample {number} of {path.name}")
     return problems
 
 

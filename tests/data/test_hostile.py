@@ -20,10 +20,12 @@ from test_loader import train_loader
 from pretrain.data import open_dataset
 from pretrain.data.decode import decode
 from pretrain.data.index import MAX_SAMPLE_BYTES, ShardIndex, parse_index
+from pretrain.data.manifest import Shard, digest
 from pretrain.data.read import LocalReader
 from pretrain.data.scan import index_folder
 from pretrain.data.scans import MAX_SCANS, has_too_many_scans
 from pretrain.data.tar import MAX_HEADER_BYTES, parse_sample
+from pretrain.data.verify import verify_folder
 from pretrain.errors import BadSampleError, DataError
 
 END = bytes(10_240)
@@ -141,6 +143,21 @@ def test_a_pipe_in_place_of_a_shard_is_not_waited_for(tmp_path):
         index_folder(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "a.tar.idx", "a.tar"])
+def test_a_pipe_in_place_of_anything_beside_it_is_not_waited_for(tmp_path, name):
+    write_tar(tmp_path / "a.tar", sample_members("x", 1))
+    index_folder(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError):
+        open_dataset(str(tmp_path))
+    if name == "manifest.json":
+        with pytest.raises(DataError, match=r"manifest\.json: cannot be read: it is no file"):
+            verify_folder(tmp_path, max_pixels=1000)
+    else:
+        assert len(verify_folder(tmp_path, max_pixels=1000).problems) == 2
+
+
 @pytest.mark.parametrize("size", [b"-0000001000\0", b"-1\0" + bytes(9)])
 def test_a_negative_size_does_not_hold_a_reader_for_ever(size):
     """In the octal field itself, which `int` reads with a sign; the header's sum is right."""
@@ -151,6 +168,17 @@ def test_a_negative_size_does_not_hold_a_reader_for_ever(size):
     header[148:156] = b"%06o\0 " % sum(header)
     with pytest.raises(DataError, match="here: a header in the tar gives a size of -"):
         parse_sample(bytes(header) + bytes(1024), "here")
+
+
+@pytest.mark.parametrize(("samples", "labels"), [(0, (0, 0)), (1, (5, 1))])
+def test_an_index_of_nothing_or_of_impossible_labels_is_made_anew(tmp_path, samples, labels):
+    """Somebody ships it with the tar, younger than that and of its size."""
+    write_tar(tmp_path / "a.tar", sample_members("x", 1))
+    made = index_folder(tmp_path)
+    file = tmp_path / "a.tar.idx"
+    index = parse_index(file.read_bytes(), file)
+    file.write_bytes(ShardIndex(index.table[:samples], index.tar_bytes, index.tar_sha256, labels).to_bytes())
+    assert index_folder(tmp_path) == made
 
 
 def test_an_index_that_asks_for_gigabytes_is_refused(tmp_path):
@@ -185,6 +213,21 @@ def test_a_hostile_manifest_is_refused(tmp_path, content):
     index_folder(tmp_path)
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(DataError, match="not a usable manifest"):
+        open_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("field", ["samples", "bytes"])
+def test_a_manifest_of_more_than_a_tar_can_hold_is_refused(tmp_path, field):
+    """Its totals and its digest are right."""
+    write_tar(tmp_path / "a.tar", sample_members("x", 1))
+    index_folder(tmp_path)
+    told = json.loads((tmp_path / "manifest.json").read_text())
+    told["shards"][0][field] = told[field] = 2**63
+    told |= {"digest": digest([Shard(**told["shards"][0])]), "checksum": None}
+    (tmp_path / "manifest.json").write_text(json.dumps(told))
+    with pytest.raises(
+        DataError, match=rf"not a usable manifest: shards\.0\.{field}: Input should be less than"
+    ):
         open_dataset(str(tmp_path))
 
 

@@ -13,7 +13,8 @@ from made import Member, picture, sample_members, write_tar
 from PIL import Image
 from typed import contents, done, image_folder, refused, run, samples
 
-from pretrain.data import open_dataset
+from pretrain.data import open_dataset, raw
+from pretrain.data import verify as verifying
 from pretrain.data.index import index_path, parse_index
 from pretrain.data.manifest import Shard
 from pretrain.data.scan import Indexed, index_folder, write_manifest
@@ -90,13 +91,17 @@ def test_labels_beyond_the_class_names_or_the_manifests_range_are_named(tmp_path
     assert index.labels == (0, 5)
 
 
-def test_a_key_that_occurs_in_another_shard_is_named_once(tmp_path):
+def test_a_key_that_occurs_in_another_shard_is_named_once(tmp_path, monkeypatch):
+    """And each shard is opened once for that: where all count their keys from 0, every sample is one of them."""
     good(tmp_path, shards=3)
     shutil.copy(tmp_path / "0.tar", tmp_path / "3.tar")
     index_folder(tmp_path)
+    opened = []
+    monkeypatch.setattr(verifying, "opened", lambda path: opened.append(path.name) or raw.opened(path))
     assert problems(tmp_path) == [
         ("3.tar", i, f"s0k{i}", f"sample {i} of 0.tar has the same key") for i in range(4)
     ]
+    assert opened == ["0.tar", "1.tar", "2.tar", "3.tar", "0.tar", "3.tar"]
 
 
 def tamper(folder: Path, name: str, change) -> None:
