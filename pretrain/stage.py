@@ -110,15 +110,18 @@ def run_stage(
         else:
             engine.write(InitialWeights(config.model, config.run.seed))
         mirror = mirrors.opened(directory, config.checkpoint, ranks, journal_path(directory))
-        attempt = _Attempt(
-            config, plan, ranks, data, engine, directory, stop, tracker, allow_change, watchdog, mirror
-        )
         outcome = None
-        while outcome is None:
-            try:
-                outcome = attempt.train(start)
-            except TroubleError as trouble:
-                start = attempt.go_back(trouble)
+        with ExitStack() as loaders:
+            # They stay while the run goes back: another run may wait for their room in a node's cache.
+            attempt = _Attempt(
+                config, plan, ranks, data, engine, directory, stop, tracker, allow_change, watchdog, mirror,
+                *_open_loaders(loaders, config, plan, ranks, data),
+            )  # fmt: skip
+            while outcome is None:
+                try:
+                    outcome = attempt.train(start)
+                except TroubleError as trouble:
+                    start = attempt.go_back(trouble)
         with ranks.together():
             if tracker is not None:
                 account.conclude(outcome, directory, tracker)
@@ -144,41 +147,34 @@ class _Attempt:
     allow_change: Sequence[str]
     watchdog: Watchdog
     mirror: mirrors.Mirror | None
+    batches: TrainLoader
+    validation: EvalLoader | None
 
     def train(self, start: Start) -> Outcome:
-        """Train from `start` on, with loaders of their own; raises `TroubleError` where the run has to go back."""
+        """Train from `start` on; raises `TroubleError` where the run has to go back."""
         config, plan, ranks, seed = self.config, self.plan, self.ranks, self.config.run.seed
-        with ExitStack() as stack:
-            with ranks.together():  # a disk of one node may have no room for its cache
-                batches = stack.enter_context(
-                    TrainLoader(self.data.train, config.data, config.model, plan, seed=seed, rank=ranks.rank)
-                )
-                validation = None
-                if self.data.val is not None:
-                    loader = EvalLoader(self.data.val, config.data, config.model, plan, rank=ranks.rank)
-                    validation = stack.enter_context(loader).__iter__
-            figures = None
-            if config.train.figures_every_steps is not None and validation is not None:
-                images = _first_images(config, ranks)
-                figures = RunFigures(self.engine, ranks, images, self.directory, self.tracker)
-            return Trainer(
-                config=config,
-                plan=plan,
-                ranks=ranks,
-                engine=self.engine,
-                batches=batches,
-                validation=validation,
-                figures=figures,
-                quarantine=Quarantine(self.directory, ranks.rank, config.data.max_bad_share),
-                meter=_meter(config, plan, ranks, start),
-                run_dir=self.directory,
-                data_state=lambda step, skipped: data_state(step, plan, seed, skipped),
-                stop=self.stop,
-                start=start,
-                tracker=self.tracker,
-                watchdog=self.watchdog,
-                mirror=self.mirror,
-            ).run()
+        figures = None
+        if config.train.figures_every_steps is not None and self.validation is not None:
+            images = _first_images(config, ranks)
+            figures = RunFigures(self.engine, ranks, images, self.directory, self.tracker)
+        return Trainer(
+            config=config,
+            plan=plan,
+            ranks=ranks,
+            engine=self.engine,
+            batches=self.batches,
+            validation=None if self.validation is None else self.validation.__iter__,
+            figures=figures,
+            quarantine=Quarantine(self.directory, ranks.rank, config.data.max_bad_share),
+            meter=_meter(config, plan, ranks, start),
+            run_dir=self.directory,
+            data_state=lambda step, skipped: data_state(step, plan, seed, skipped),
+            stop=self.stop,
+            start=start,
+            tracker=self.tracker,
+            watchdog=self.watchdog,
+            mirror=self.mirror,
+        ).run()
 
     def go_back(self, trouble: TroubleError) -> Start:
         """Take the engine back to a checkpoint from before the trouble, in this process."""
@@ -200,6 +196,20 @@ def _open_data(config: Config, ranks: Ranks) -> Data:
         if ranks.is_main:
             opened = _open_here(config)
     return ranks.broadcast(opened)
+
+
+def _open_loaders(
+    stack: ExitStack, config: Config, plan: Plan, ranks: Ranks, data: Data
+) -> tuple[TrainLoader, EvalLoader | None]:
+    """This rank's batches; `stack` closes them. All ranks: the disk of one node may have no room for its cache."""
+    with ranks.together():
+        batches = stack.enter_context(
+            TrainLoader(data.train, config.data, config.model, plan, seed=config.run.seed, rank=ranks.rank)
+        )
+        if data.val is None:
+            return batches, None
+        loader = EvalLoader(data.val, config.data, config.model, plan, rank=ranks.rank)
+        return batches, stack.enter_context(loader)
 
 
 def _open_here(config: Config) -> Data:

@@ -123,7 +123,7 @@ class Trainer:
         self._saves = Saves(run_dir, config.checkpoint, ranks, quarantine.merge, mirror)
         self._exchange = StepExchange(ranks)
         self._profile = StepProfile(config.profile, ranks, run_dir)
-        self._waited = 0.0
+        self._waited = batches.wait_seconds
         self._stop_agreed = self._save_agreed = self._all_written = False
 
     def run(self) -> Outcome:

@@ -66,6 +66,13 @@ class Blocks(Generic[K, B]):
             self._fill(key, entry)
         return entry.block.result()
 
+    def begin(self) -> None:
+        """What was announced and not asked for is no longer expected: another walk through the order begins."""
+        with self._lock:
+            self.ahead = 0
+            for entry in self._entries.values():
+                entry.used = True
+
     def missing(self, keys: Iterable[K]) -> int:
         """Sizes of those blocks that are neither held nor under way."""
         with self._lock:

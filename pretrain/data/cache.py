@@ -21,12 +21,15 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from errno import ENOSPC
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from pretrain.errors import CacheInUseError, DataError
 from pretrain.logs import log
 
+IN_USE = 0.95
+"""Share of the bound that all readers together may hold: blocks are of unequal size, and indexes lie there too."""
 LOW_WATER = 0.9
 """Share of the bound that is left after pieces made room: one listing of the folder serves many new pieces."""
 _POLL_SECONDS = 0.02
@@ -126,11 +129,11 @@ class NodeCache:
                     f"data.cache_dir {self._folder}: others use it with a bound of {limits.pop():,} bytes, this run with "
                     f"{self._limit:,}\n  Give all of them the same data.cache_gib, or this run a folder of its own."
                 )
-            taken = sum(other.held for other in others)
-            if taken + held > self._limit:
+            taken, room = sum(other.held for other in others), IN_USE * self._limit
+            if taken + held > room:
                 raise CacheInUseError(
-                    f"data.cache_dir {self._folder}: {len(others)} others may hold {taken:,} of its {self._limit:,} bytes at "
-                    f"a time, and {held:,} are needed here\n"
+                    f"data.cache_dir {self._folder}: {len(others)} others may hold {taken:,} of the {room:,.0f} bytes that it "
+                    f"has for that, and {held:,} are needed here\n"
                     "  Raise data.cache_gib in all runs that share it, wait for the others, or name a folder of its own."
                 )
             path = self._folder / "claims" / uuid.uuid4().hex
@@ -166,7 +169,12 @@ class NodeCache:
             yield file
 
     def _failed(self, error: OSError) -> DataError:
-        return DataError(f"data.cache_dir {self._folder}: {error.strerror}")
+        remedy = (
+            "\n  Free some room on that disk, or give a smaller data.cache_gib."
+            if error.errno == ENOSPC
+            else ""
+        )
+        return DataError(f"data.cache_dir {self._folder}: {error.strerror}{remedy}")
 
     def _path(self, key: str) -> Path:
         return self._folder / key[:2] / key

@@ -168,7 +168,13 @@ def _identity(folder: str, tars: dict[str, Version]) -> str:
 
 def _cached(folder: str, identity: str) -> Path:
     """A folder of our own for the indexes of tars that lie in `folder`."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user whom the system does not know, as in some containers
+        raise DataError(
+            f"{folder}: no {NAME}, and no home to make its index in\n"
+            "  Set XDG_CACHE_HOME to a folder that all nodes see."
+        ) from None
     place = root / "pretrain" / "indexes" / identity[:32]
     try:
         place.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -113,6 +113,7 @@ def announced(
     if not isinstance(reader, RemoteReader):
         yield from requests
         return
+    reader.begin()
     coming: deque[R] = deque()
     held = _with_places(next(requests, None), places)
     while held is not None or coming:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from pretrain.config import DataConfig
 from pretrain.data.blocks import Blocks
-from pretrain.data.cache import NodeCache
+from pretrain.data.cache import IN_USE, NodeCache
 from pretrain.data.dataset import Dataset
 from pretrain.data.index import BLOCK, ShardIndex, index_bytes, remedy
 from pretrain.data.manifest import Shard
@@ -41,8 +41,6 @@ TRIES = 3
 """Times that a block or an index is fetched whose bytes do not match their checksum."""
 _OTHER_FORMAT = 4096
 """Bytes that the index of another version may have more: it is read to say so."""
-_CACHE_IN_USE = 0.95
-"""Of a cache; blocks are of unequal size, and indexes lie there too."""
 _MIB, _GIB = 2**20, 2**30
 
 
@@ -94,8 +92,9 @@ class RemoteReader:
         if data.cache_dir is not None:
             # What is held is a descriptor: where they are few, a block is opened again; the disk has the bytes.
             limit = min(limit, held.block * descriptors_to_use())
-            bound = round((data.cache_gib or 0) * _GIB)
-            self._cache = NodeCache(Path(data.cache_dir), bound, 2 * data.read_timeout_seconds, limit)
+            patience = 2 * data.read_timeout_seconds
+            bound = _cache_bytes(data.cache_gib or 0)
+            self._cache = NodeCache(Path(data.cache_dir), bound, patience, limit)
         self._blocks: Blocks[Key, _Held] = Blocks(self._fetch, self._size, limit, FETCHES)
 
     def read(self, shards: IntArray, samples: IntArray) -> list[Sample]:
@@ -113,6 +112,10 @@ class RemoteReader:
             for shard, sample in zip(shards[start:stop].tolist(), samples[start:stop].tolist(), strict=True):
                 found.append(self._sample(shard, sample))
         return found
+
+    def begin(self) -> None:
+        """Of what was announced and never read nothing is expected any more."""
+        self._blocks.begin()
 
     def announce(self, shards: IntArray, samples: IntArray) -> None:
         """Begin to fetch the blocks of samples that will be read, in the order in which they will be."""
@@ -296,6 +299,10 @@ class _Shard:
         return content
 
 
+def _cache_bytes(gib: float) -> int:
+    return round(gib * _GIB)
+
+
 class HeldBytes(NamedTuple):
     """What one rank holds of a remote data set: one block; the blocks that the order is in; those fetched ahead."""
 
@@ -315,8 +322,10 @@ def held_bytes(
     in_use = min(blocks_in_use * block, dataset.num_bytes)
     name, bound = "data.block_memory_mib", data.block_memory_mib * _MIB
     if data.cache_gib is not None:
-        name, bound = "data.cache_gib", data.cache_gib * _GIB
-        bound *= _CACHE_IN_USE / ranks_here()  # they share it, and each keeps what it is reading
+        name = "data.cache_gib"
+        bound = (
+            IN_USE * _cache_bytes(data.cache_gib) / ranks_here()
+        )  # they share it, and each keeps what it is reading
     bound *= share
     ahead = min(in_use, bound - in_use) if data.read_ahead_mib is None else data.read_ahead_mib * _MIB
     if in_use + max(ahead, 0) > bound:

@@ -126,6 +126,16 @@ def test_what_is_indexed_stays_so_when_another_tar_stops_it(server, train_set):
     assert tar_bytes(server) <= len(whole)
 
 
+def test_without_a_home_the_folder_of_indexes_has_to_be_named(server, monkeypatch):
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nobody)
+    with pytest.raises(DataError, match=r"no home to make its index in\n  Set XDG_CACHE_HOME"):
+        open_dataset(f"{server.url}/{PATTERN}")
+
+
 def test_a_folder_that_cannot_be_locked_is_named_with_what_to_do(copied):
     folder = strip(copied())
     (folder / ".index.lock").mkdir()

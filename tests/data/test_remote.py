@@ -155,13 +155,13 @@ def test_a_rank_asks_for_each_block_of_an_epoch_once_and_twice_where_a_lane_ends
     assert blocks - 1 <= sum(tars(server).values()) <= blocks + lanes - 1  # the last step may be cut off
 
 
-class Counted:
+class Counted(RemoteReader):
     """A reader of blocks that are nothing but counted, held to what the plan states."""
 
     def __init__(self, limit: int, room: int, block_samples: int) -> None:
         self.fetched: list[tuple[int, int]] = []
         self.room, self.block_samples = room, block_samples
-        self.blocks = Blocks(self.fetch, lambda key: 1, limit, threads=1)
+        self.blocks = self._blocks = Blocks(self.fetch, lambda key: 1, limit, threads=1)
 
     def fetch(self, key: tuple[int, int]) -> None:
         self.fetched.append(key)
@@ -202,7 +202,7 @@ def test_reading_ahead_lets_go_of_no_block_that_is_in_use(batch, lanes, world_si
     in_use = blocks_in_use(plan, cfg.data)
     reader = Counted(2 * in_use, in_use, plan.block_samples)
     rows = (order.rows(step, *plan.slice_of(1)) for step in range(lanes * 1000 * repeats // batch))
-    for step in announced(rows, lambda rows: (rows.shard, rows.sample), reader):  # type: ignore[arg-type]
+    for step in announced(rows, lambda rows: (rows.shard, rows.sample), reader):
         for key in reader.keys(step.shard, step.sample):
             reader.blocks.get(key)
     reader.blocks.close()
@@ -224,6 +224,17 @@ def test_blocks_of_coming_steps_are_fetched_before_they_are_due(server, remote):
         reader.read(*first)
     finally:
         reader.close()
+
+
+def test_a_walk_that_is_left_takes_no_room_from_the_next():
+    """A run that goes back begins another one with the same reader."""
+    reader = Counted(limit=12, room=6, block_samples=1)
+    walks = (((np.zeros(1, int), np.array([first + i])) for i in range(100)) for first in (0, 500))
+    for walk in walks:
+        requests = announced(walk, lambda places: places, reader)
+        next(requests)
+        assert reader.blocks.ahead == 6
+    reader.blocks.close()
 
 
 def test_closing_ends_who_waits_for_a_block_that_has_not_begun():
@@ -407,7 +418,7 @@ def test_a_reader_for_which_others_leave_no_room_is_refused_before_it_reads(serv
     before = len(server.requests)
     with pytest.raises(
         CacheInUseError,
-        match=r"1 others may hold [\d,]+ of its [\d,]+ bytes at a time, and [\d,]+ are needed here\n  Raise data\.cache_gib",
+        match=r"1 others may hold [\d,]+ of the [\d,]+ bytes that it has for that, and [\d,]+ are needed here\n  Raise data\.cache_gib",
     ):
         open_reader(remote, data_config(**settings), BLOCK, 8)
     with pytest.raises(
@@ -439,7 +450,7 @@ def test_a_rank_whose_node_has_no_room_left_stops_all_of_them_with_its_reason(
     ends = launch(2, tmp_path, str(tmp_path / "config.yaml"))
     other.close()
     assert {code for code, _ in ends} == {CacheInUseError.exit_code, PeerError.exit_code}
-    assert "bytes at a time, and" in ends[0][1]
+    assert "bytes that it has for that, and" in ends[0][1]
     assert "Raise data.cache_gib in all runs that share it" in ends[0][1]
     assert "Traceback" not in ends[0][1]
 
@@ -570,7 +581,9 @@ def test_four_independent_processes_keep_one_bound_while_each_holds_all_it_claim
         for process in processes:
             assert process.stdout.readline() == "ready\n"
         _, words = share_cache(tmp_path, 40_000, 9000, 4).communicate()
-        assert "4 others may hold 36,000 of its 40,000 bytes at a time, and 9,000 are needed here" in words
+        assert (
+            "4 others may hold 36,000 of the 38,000 bytes that it has for that, and 9,000 are needed" in words
+        )
         for process in processes:
             process.stdin.write("go\n")
             process.stdin.flush()
@@ -588,7 +601,11 @@ def test_four_independent_processes_keep_one_bound_while_each_holds_all_it_claim
         for process in processes:
             process.kill()
             process.communicate()
-    NodeCache(tmp_path, 40_000, 1.0, 40_000).close()
+    NodeCache(tmp_path, 40_000, 1.0, 38_000).close()
+    with pytest.raises(
+        CacheInUseError, match="0 others may hold 0 of the 38,000 bytes"
+    ):  # blocks are of unequal size
+        NodeCache(tmp_path, 40_000, 1.0, 38_001)
 
 
 def test_the_cache_stays_under_its_bound_and_keeps_what_was_used_last(tmp_path):

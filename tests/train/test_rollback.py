@@ -12,10 +12,11 @@ from PIL import Image
 from ranks import RankError, Ranks, on_ranks
 from test_resume import TOTAL, config, final, journal, train
 
-from pretrain import faults
+from pretrain import faults, stage
 from pretrain.checkpoint import checkpoints, layout, read_manifest
 from pretrain.checkpoint.load import open_weights
 from pretrain.config import Config, RecoveryConfig
+from pretrain.data.loader import TrainLoader
 from pretrain.data.skipped import Skipped
 from pretrain.distributed import StepFacts
 from pretrain.errors import DivergedError
@@ -34,6 +35,22 @@ def rolled(run: Path, digits: Path, stage: int = 1, **sections: dict[str, Any]) 
         stage,
         **{"checkpoint": {"every_steps": 3}, "recovery": AT_ONCE, "data": {"val": None}} | sections,
     )
+
+
+def faulty_and_counted(ranks: Ranks, cfg: Config, fault: str) -> int:
+    """Loaders that a run made."""
+    made = []
+
+    def counted(*args: Any, **kwargs: Any) -> TrainLoader:
+        made.append(None)
+        return TrainLoader(*args, **kwargs)
+
+    stage.TrainLoader = counted  # type: ignore[assignment, misc]
+    try:
+        faulty(ranks, [(cfg, fault, 10**9)])
+    finally:
+        stage.TrainLoader = TrainLoader  # type: ignore[misc]
+    return len(made)
 
 
 def faulty(ranks: Ranks, jobs: list[tuple[Config, str, int]]) -> list[tuple[str, int]]:
@@ -83,8 +100,9 @@ def test_a_rolled_back_run_is_the_run_that_never_saw_those_batches(digits: Path,
 
 
 def test_the_journal_and_the_status_tell_of_a_rollback(digits: Path, tmp_path: Path) -> None:
+    """And its loaders go on: what they hold of a node's cache is not let go of meanwhile."""
     cfg = rolled(tmp_path / "run", digits, train={"log_every_steps": 2})
-    on_ranks(2, faulty, [(cfg, "step:0:7:NaN", 10**9)])
+    assert on_ranks(2, faulty_and_counted, cfg, "step:0:7:NaN") == [1, 1]
     run = tmp_path / "run"
     assert [(a["attempt"], a["from_step"]) for a in ops(run, "attempt")] == [(1, 0), (2, 6)]
     status = json.loads((run / "status.json").read_text())
