@@ -34,6 +34,8 @@ LONGEST_PAUSE_SECONDS = 10.0
 T = TypeVar("T")
 
 _STATUS = re.compile(r"status code: (\d{3}) ([A-Za-z -]*)")
+_CODE = re.compile(r"<Code>([A-Za-z]{1,64})</Code>")
+"""Of S3's and Google's answers, as `ExpiredToken`; in a list of theirs, so it is no secret and no identifier."""
 _TRANSIENT_CLIENT_ERRORS = (408, 425, 429)
 
 
@@ -228,7 +230,10 @@ class Stores:
         except exceptions.BaseError as error:
             status = _STATUS.search(str(error))
             if status and int(status[1]) < 500 and int(status[1]) not in _TRANSIENT_CLIENT_ERRORS:
-                raise DataError(f"{url}: the store refuses the request ({reason_of(error)})") from None
+                raise DataError(
+                    f"{url}: the store refuses the request ({reason_of(error)})\n"
+                    "  Check credentials, region and endpoint in the environment; docs/stores.md names them."
+                ) from None
             raise _Again(reason_of(error)) from None
 
     def _client(self, url: str) -> tuple["ObjectStore", str]:
@@ -270,7 +275,12 @@ def connect(scheme: str, place: str, timeout_seconds: float) -> "ObjectStore":
 
 
 def _endpoint(*names: str) -> str:
-    return next((os.environ[name] for name in names if os.environ.get(name)), "https:")
+    name = next((name for name in names if os.environ.get(name)), None)
+    if name is None:
+        return "https:"
+    if not re.fullmatch(r"https?://[^/\s]\S*", os.environ[name]):  # the client would panic
+        raise ValueError(f"{name} has to begin with http:// or https:// and a host")
+    return os.environ[name]
 
 
 def _milliseconds(seconds: float) -> str:
@@ -292,11 +302,12 @@ def _changed(url: str, before: Version, now: Version) -> DataError:
 
 
 def reason_of(error: Exception) -> str:
-    """The words of an error for people; a store's answer may hold identifiers, so nothing of its body is kept."""
+    """The words of an error for people; a store's answer may hold identifiers, so only its code is kept of the body."""
     text = str(error)
     status = _STATUS.search(text)
     if status:
-        return f"status {status[1]} {status[2].strip()}"
+        code = _CODE.search(text)
+        return f"status {status[1]} {status[2].strip()}" + (f", {code[1]}" if code else "")
     kind = re.search(r"kind: (Timeout|Connect|Interrupted)\b", text)
     words = text.partition("\n")[0].rpartition(" - ")[2][:200]
     return f"{words} ({kind[1].lower()})" if kind else words

@@ -220,6 +220,38 @@ def test_what_an_s3_store_refuses_is_named_without_its_words(s3, stores):
     assert "AKIA" not in str(refused.value)
 
 
+def test_credentials_that_have_expired_are_named_by_the_stores_code(tmp_path, stores, monkeypatch):
+    body = b"<Error><Code>ExpiredToken</Code><Message>hunter2</Message><Token>hunter2</Token></Error>"
+
+    def expired(handler, *_):
+        handler.send_response(400)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    (tmp_path / "bucket").mkdir()
+    (tmp_path / "bucket" / "a.tar").write_bytes(b"x")
+    with serving(tmp_path) as server:
+        server.always(expired)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAIOSFODNN7EXAMPLE")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+        with pytest.raises(
+            DataError, match=r"refuses the request \(status 400 Bad Request, ExpiredToken\)\n  Check cred"
+        ) as refused:
+            stores.read("s3://bucket/a.tar", 0, 1)
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("endpoint", ["localhost:9000", "http://", "http://local host"])
+def test_an_endpoint_that_is_no_url_is_named(stores, monkeypatch, endpoint):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(
+        DataError, match=r"s3://bucket: .*AWS_ENDPOINT_URL has to begin with http:// or https://"
+    ):
+        stores.read("s3://bucket/a.tar", 0, 1)
+
+
 def test_requests_to_google_are_those_of_its_xml_api(tmp_path, content, stores, monkeypatch):
     """Against a server of our own that speaks what `GET Object` needs: path, range, precondition, token."""
     (tmp_path / "bucket" / "set").mkdir(parents=True)
