@@ -9,6 +9,7 @@ reads was written by processes that were killed: a file or a line that is not wh
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from typing import Any
 from launch.verdict import NO_CODE_OF_ITS_OWN, Attempt, Failure, Limits, Verdict, bad_nodes, judge
 from pretrain.documents import number, parse_object, read_object, whole
 
-UNDER_WAY, ATTEMPTS = "attempt.json", "attempts.jsonl"
+UNDER_WAY, ATTEMPTS, CONFIG = "attempt.json", "attempts.jsonl", "config.yaml"
 ASK_SECONDS = 30.0
 PATIENCE_SECONDS = 300.0
 """How long a controller may be away (a restart, a failover) before the job gives up on its answer."""
@@ -73,7 +74,7 @@ def _begin(folder: Path, run: Path | None, needs: Path | None) -> str:
     if needs is not None and _status(needs) != "finished":
         _say(f"{needs} is not finished (its status is {_status(needs)}): nothing to go on from")
         return "blocked"
-    if run is not None and _status(run) == "finished":
+    if run is not None and _status(run) == "finished" and _is_as_asked(folder, run):
         _say(f"{run} is finished already")
         return "finished"
     if run is not None:
@@ -85,8 +86,23 @@ def _begin(folder: Path, run: Path | None, needs: Path | None) -> str:
     return "go"
 
 
+def _is_as_asked(folder: Path, run: Path) -> bool:
+    """Whether the run was last trained under the very config of this job. Under another one, such as a longer training, the
+    trainer finds out what is left to do."""
+    asked, trained = (_content(place / CONFIG) for place in (folder, run))
+    return asked == trained
+
+
+def _content(path: Path) -> bytes | None:
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    return None
+
+
 def _beginning(run: Path | None) -> dict[str, Any]:
+    """said_by: the attempt of the run whose word the status is so far."""
     return {
+        "said_by": None if run is None else _said(run).get("attempt"),
         "job": _job(),
         "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         "nodes": os.environ.get("SLURM_JOB_NODELIST"),
@@ -97,7 +113,10 @@ def _beginning(run: Path | None) -> dict[str, Any]:
 
 def _end(folder: Path, run: Path | None, code: int, limits: Limits) -> tuple[Verdict, list[Attempt]]:
     began = _began(folder / UNDER_WAY, run)
-    status = _status(run) if run is not None else "finished" if code == 0 else "failed"
+    if run is None:
+        status: str | None = "finished" if code == 0 else "failed"
+    else:
+        status = _status(run, but_of=began.get("said_by"))
     now = Attempt(
         ended=time.time(),
         from_step=began["from_step"],
@@ -120,7 +139,7 @@ def _began(path: Path, run: Path | None) -> dict[str, Any]:
             raise ValueError("it does not say from_step")
     except (OSError, ValueError) as error:
         _say(f"{path} cannot be read ({error}): this attempt counts as one without progress")
-        return _beginning(run)
+        return _beginning(run) | {"said_by": None}
     return facts | {"job": _job()}
 
 
@@ -132,12 +151,18 @@ def _append(path: Path, facts: dict[str, Any]) -> None:
         file.write(b"\n" * torn + json.dumps(facts).encode() + b"\n")
 
 
-def _status(run: Path) -> str | None:
-    try:
-        status = read_object(run / "status.json").get("status")
-    except (OSError, ValueError):
-        return None
-    return status if isinstance(status, str) else None
+def _status(run: Path, but_of: object = None) -> str | None:
+    """What the run says of itself, if not by the attempt `but_of`."""
+    said = _said(run)
+    status = said.get("status")
+    is_new = but_of is None or said.get("attempt") != but_of
+    return status if isinstance(status, str) and is_new else None
+
+
+def _said(run: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        return read_object(run / "status.json")
+    return {}
 
 
 def _saved_step(run: Path | None) -> int:
@@ -149,10 +174,13 @@ def _saved_step(run: Path | None) -> int:
 
 
 def _failures(run: Path | None) -> tuple[Failure, ...]:
+    """The words of this job's ranks; who started the run by hand meanwhile, and was refused, does not count."""
     found = []
     for path in sorted((run / "logs").glob("rank_*.failure")) if run is not None else []:
         try:
-            found.append(_failure(read_object(path)))
+            facts = read_object(path)
+            if facts.get("job") == os.environ.get("SLURM_JOB_ID"):
+                found.append(_failure(facts))
         except (OSError, ValueError) as error:
             _say(f"{path} cannot be read ({error}); what it says does not count")
     found.sort(key=lambda failure: (failure.retry, not failure.names_bad_node, failure.rank))

@@ -15,7 +15,7 @@ ENDED_BY_SLURM = 86
 NO_CODE_OF_ITS_OWN = 70  # EX_SOFTWARE
 
 USER_CODES = frozenset({2, 3, 4, 8, 9})
-"""Exit codes of what a user has to mend (`pretrain.errors`)."""
+"""Exit codes of what a user has to mend (`pretrain.errors`), for where no rank left words that say it better."""
 
 _BAD_NODE = re.compile(
     r"CUDA error|CUDA-capable device|uncorrectable|\bECC\b|\bXid\b|NVML|no CUDA GPUs|sees no device|unhandled system error"
@@ -89,7 +89,7 @@ def judge(now: Attempt, before: Sequence[Attempt], job_state: str, limits: Limit
     final = next((failure for failure in now.failures if not failure.retry), None)
     if final is not None:
         return _stop(now, f"rank {final.rank} on {final.node}: {final.words}; another try cannot help", final)
-    if now.exit_code in USER_CODES:
+    if not now.failures and now.exit_code in USER_CODES:
         return _stop(now, f"exit code {now.exit_code}: something is to be mended first, see the log")
     attempts = [*before, now]
     if len(attempts) > 1 and _same_end(attempts[-2], now):

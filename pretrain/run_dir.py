@@ -135,7 +135,8 @@ def read_heartbeat(run_dir: Path) -> Mapping[str, Any] | None:
 def record_failure(run_dir: Path, rank: int, error: BaseException, words: str) -> None:
     """Leave the words of a rank that failed by itself where the other ranks and the batch script find them.
 
-    `retry` says whether the same command may fare better: not after what a user has to mend.
+    `retry` says whether the same command may fare better: not after what a user has to mend. `job` says whose words they
+    are: somebody may start the same command beside a run that lives, and be refused.
     """
     mend = isinstance(error, UserError) and not isinstance(
         error, RunDirError | ReplicaError | CacheInUseError
@@ -145,6 +146,7 @@ def record_failure(run_dir: Path, rank: int, error: BaseException, words: str) -
         "node": node(),
         "words": redact_text(words),
         "retry": not mend,
+        "job": _job(),
         "exit_code": error.exit_code if isinstance(error, UserError) else 1,
     }
     with contextlib.suppress(OSError):  # a full disk may be the very failure: the log has its words
@@ -159,14 +161,19 @@ def node() -> str:
 def read_failure(run_dir: Path, rank: int) -> str | None:
     """The words that `record_failure` left in this attempt, if any."""
     try:
-        return str(read_object(_failure(run_dir, rank)).get("words"))
+        facts = read_object(_failure(run_dir, rank))
     except (OSError, ValueError):
         return None
+    return str(facts.get("words")) if facts.get("job") == _job() else None
 
 
 def forget_failure(run_dir: Path, rank: int) -> None:
     """Take away what an earlier attempt left. Each rank its own, before it meets the others."""
     _failure(run_dir, rank).unlink(missing_ok=True)
+
+
+def _job() -> str | None:
+    return os.environ.get("SLURM_JOB_ID")
 
 
 def _failure(run_dir: Path, rank: int) -> Path:

@@ -15,7 +15,7 @@ from launch.profile import Profile
 from launch.render import render
 from launch.verdict import DAY_SECONDS, ENDED_BY_SLURM, Attempt, Failure, Limits, bad_nodes, judge
 from pretrain import run_dir
-from pretrain.errors import CacheInUseError, DataError
+from pretrain.errors import CacheInUseError, ConfigError, DataError
 
 LIMITS = Limits(without_progress=2, failures_per_day=4)
 BUG = Failure(1, "node1", "ValueError: step 17 is odd, at 0x7f1c", retry=True, exit_code=1)
@@ -82,6 +82,12 @@ def test_nodes_are_bad_by_their_own_words_only() -> None:
     assert bad_nodes([attempt(0, 1, "failed", 1, BUG), attempt(1, 1, "failed", 1, broken)]) == ["node7"]
 
 
+@pytest.fixture(autouse=True)
+def in_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test has a rank say is said by a rank of the job that `run_script` runs."""
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+
+
 class Stage:
     """A rendered training job in a folder, with `srun` doing what a test says."""
 
@@ -139,8 +145,28 @@ def test_job_exit_0_means_finished(tmp_path: Path) -> None:
     assert stage.starts() == 0, stage.said.stderr
     assert REQUEUE not in stage.asked_of_slurm()
     before = stage.asked_of_slurm()
-    assert stage.starts() == 0  # and again: there is nothing left to do
-    assert not [call for call in stage.asked_of_slurm()[len(before) :] if call.startswith("srun")]
+    for trained, times in ((None, 0), ("total_steps: 9", 1), ("total_steps: 10", 0)):
+        for place, config in ((stage.run, trained), (stage.run / "slurm" / "train", "total_steps: 10")):
+            if trained is not None:
+                (place / "config.yaml").write_text(config or "")
+        assert stage.starts() == 0  # and again: there is nothing left to do, if nothing more is asked for
+        srun = [call for call in stage.asked_of_slurm()[len(before) :] if call.startswith("srun")]
+        assert len(srun) == times
+        before = stage.asked_of_slurm()
+
+
+def test_a_longer_training_that_fails_is_not_finished_because_the_shorter_one_was(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, ["exit 4"])
+    said = {"status": "finished", "step": 9, "attempt": 2}
+    (stage.run / "status.json").write_text(json.dumps(said))
+    (stage.run / "config.yaml").write_text("total_steps: 9")
+    assert stage.starts() == 4
+    fake(
+        stage.programs,
+        "srun",
+        f"echo '{json.dumps(said | {'step': 10, 'attempt': 3})}' > {stage.run}/status.json",
+    )
+    assert stage.starts() == 0
 
 
 def test_ranks_come_from_the_allocation(tmp_path: Path) -> None:
@@ -242,6 +268,33 @@ def test_a_user_s_mistake_ends_the_job_with_its_own_code(tmp_path: Path) -> None
     assert stage.starts() == DataError.exit_code
     assert words.encode() in stage.said.stderr
     assert not list(tmp_path.rglob("canary"))
+
+
+def test_what_a_rank_says_counts_for_more_than_its_exit_code(tmp_path: Path) -> None:
+    """A full disk or a mount that is gone, of one rank's job, ends it with the code of a mistake."""
+    stage = Stage(tmp_path, [])
+    run_dir.record_failure(stage.run, 0, OSError(28, "No space left"), "No space left")
+    kept = (stage.run / "logs" / "rank_0.failure").rename(tmp_path / "failure")
+    fake(stage.programs, "srun", f"cp {kept} {stage.run}/logs/rank_0.failure", "exit 2")
+    assert stage.starts() == 85
+    assert REQUEUE in stage.asked_of_slurm()
+
+
+@pytest.mark.parametrize("theirs", [None, "4712"])
+def test_whoever_starts_a_living_run_by_hand_and_is_refused_does_not_end_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, theirs: str | None
+) -> None:
+    stage = Stage(tmp_path, [])
+    monkeypatch.delenv("SLURM_JOB_ID") if theirs is None else monkeypatch.setenv("SLURM_JOB_ID", theirs)
+    run_dir.record_failure(stage.run, 0, ConfigError("other settings"), "other settings")
+    assert run_dir.read_failure(stage.run, 0) == "other settings"
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    assert run_dir.read_failure(stage.run, 0) is None
+    kept = (stage.run / "logs" / "rank_0.failure").rename(tmp_path / "failure")
+    beside = f"cp {kept} {stage.run}/logs/rank_0.failure"
+    fake(stage.programs, "srun", beside, stage.checkpoint(4), stage.says("interrupted", 4))
+    assert stage.starts() == 85
+    assert REQUEUE in stage.asked_of_slurm()
 
 
 def test_a_cache_that_others_fill_at_the_moment_is_a_reason_to_try_again(tmp_path: Path) -> None:
