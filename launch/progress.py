@@ -60,7 +60,7 @@ def chain_of(run: Path) -> list[Path]:
         if found is not None:
             return [Path(folder) for folder in found.chain]
     raise RunDirError(
-        f"{run} was not submitted to Slurm by python -m launch.slurm: it has no slurm/*/job.json"
+        f"{run} was not submitted to Slurm by python -m launch.slurm: it has no slurm/*/job.json of its own"
     )
 
 
@@ -141,7 +141,7 @@ def _total_steps(run: Path) -> int | None:
 def _link(run: Path) -> str | None:
     """Where MLflow shows the run: its page, or the store where the page is not known yet."""
     note = delivery.read(run)
-    if note is None:
+    if note is None or not note.uri.isprintable():
         return None
     page = delivery.read_page(run)
     if page is not None and note.uri.startswith("http"):

@@ -13,6 +13,7 @@ RUN/slurm/train/ or export/, SWEEP/slurm/sweep/
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,13 +90,15 @@ def record(job: Job, job_id: int, chain: Sequence[Path], task: int | None = None
 
 
 def read(folder: Path) -> Submitted | None:
-    """The job that was submitted from a folder last, or None."""
+    """The job that was submitted from a folder last, or None. A record that came along with a copy of a run, or with a run
+    that was moved, is of another folder's job."""
     try:
         match {"task": None} | read_object(folder / RECORD, MAX_RECORD_BYTES):
             case {"job_id": job_id, "name": str(name), "chain": list(chain), "task": task} if whole(
                 job_id
             ) and (task is None or whole(task) is not None):
-                return Submitted(job_id, name, tuple(map(_folder_of_a_job, chain)), task)
+                folders = tuple(map(_folder_of_a_job, chain))
+                return Submitted(job_id, name, folders, task) if _is_one_of(folder, folders) else None
         raise ValueError("this is no job of ours")
     except FileNotFoundError:
         return None
@@ -108,6 +111,12 @@ def read(folder: Path) -> Submitted | None:
 
 def _folder_of_a_job(folder: object) -> str:
     """RUN/slurm/KIND, absolute; raises `ValueError` for what is none."""
-    if not isinstance(folder, str) or len(Path(folder).parts) < 4 or not Path(folder).is_absolute():
-        raise ValueError(f"{folder!r} is no folder of a job")
-    return folder
+    match Path(folder).parts if isinstance(folder, str) else ():
+        case ("/", _, *_, "slurm", "train" | "export" | "sweep"):
+            return str(folder)
+    raise ValueError(f"{folder!r} is no folder of a job")
+
+
+def _is_one_of(folder: Path, folders: Sequence[str]) -> bool:
+    """By whatever path."""
+    return str(folder) in folders or os.path.realpath(folder) in map(os.path.realpath, folders)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -98,7 +99,14 @@ def test_attempts_of_which_thousands_of_ranks_failed_all_count(
     (tmp_path / "logs").mkdir()
     words = "node sees no device: " + "\N{SNOWMAN}" * 4000
     for rank in range(4096):
-        facts = {"rank": rank, "node": f"n{rank}", "words": words, "retry": rank != 3000, "exit_code": 1}
+        facts = {
+            "rank": rank,
+            "node": f"n{rank}",
+            "words": words,
+            "retry": rank != 3000,
+            "exit_code": 1,
+            "job": "7",
+        }
         (tmp_path / "logs" / f"rank_{rank}.failure").write_text(json.dumps(facts))
     failures = attempt._failures(tmp_path)
     assert [failure.rank for failure in failures] == [
@@ -116,7 +124,8 @@ def test_no_word_of_a_rank_makes_a_failed_job_end_with_0(tmp_path: Path, code: o
     stage = Stage(tmp_path, [])
     kept = tmp_path / "failure"
     words = "bad \x1b[2J shard"
-    kept.write_text(json.dumps({"rank": 0, "node": "n", "words": words, "retry": False, "exit_code": code}))
+    facts = {"rank": 0, "node": "n", "words": words, "retry": False, "exit_code": code, "job": "4711"}
+    kept.write_text(json.dumps(facts))
     fake(stage.programs, "srun", f"cp {kept} {stage.run}/logs/rank_0.failure", "exit 3")
     assert stage.starts() in (1, 3)
     assert b"Traceback" not in stage.said.stderr
@@ -199,6 +208,7 @@ JOBS: list[Callable[[dict[str, Any]], Any]] = [
     lambda facts: facts | {"job_id": -1},
     lambda facts: facts | {"chain": ["x"]},
     lambda facts: facts | {"chain": [1]},
+    lambda facts: facts | {"chain": [*facts["chain"], "/a/slurm/[/red]"]},
     lambda facts: facts | {"chain": "/a/slurm/train"},
     lambda facts: facts | {"task": "0"},
     lambda facts: [facts],
@@ -219,6 +229,25 @@ def test_a_record_of_a_job_that_is_none_is_named_and_cancels_nothing(desk: Desk)
     path.write_text(json.dumps(facts))
     asked(desk, "cancel")
     assert desk.asked("scancel") == [["--", "101"]]
+
+
+def test_a_run_that_was_copied_or_moved_has_no_job_of_its_own(desk: Desk) -> None:
+    desk.call("submit", desk.first)
+    desk.states("RUNNING")
+    runs = desk.folder / "runs"
+    shutil.copytree(runs / "first", runs / "second")
+    (desk.folder / "link").symlink_to(runs)
+    for run, known in (
+        (runs / "first", True),
+        (desk.folder / "link" / "first", True),
+        (runs / "second", False),
+    ):
+        found = snapshot.read(run / "slurm" / "train")
+        assert (found is not None and found.job_id == 101) == known
+        said = CliRunner().invoke(slurm, ["cancel", str(run)])
+        assert (said.exit_code == 0) == known
+    assert len(desk.asked("scancel")) == 2
+    assert "job 102" in desk.call("submit", desk.config("second"))
 
 
 MEMBERS: list[Any] = [
