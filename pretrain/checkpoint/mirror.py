@@ -1,7 +1,7 @@
 """A copy of the run's checkpoints in another place, made beside training, and brought back when the run has none.
 
     URL/
-      owner                          which run's checkpoints these are: a word that the run keeps too
+      owner                          which run's checkpoints these are: a word made of the path of its directory, and kept there
       journal                        what the run logged, up to the time of the newest checkpoint or later
       latest, best                   as in the run directory
       step_00000800/rank_*.safetensors
@@ -11,8 +11,9 @@ Rank 0's thread sends the journal, then the newest checkpoint, then the best, th
 more. Nothing that it meets reaches training: what fails is logged and counted, and tried again when the next checkpoint is there.
 """
 
+import hashlib
+import os
 import re
-import secrets
 import shutil
 import threading
 import time
@@ -118,11 +119,12 @@ class Mirror:
 
     def _update(self) -> None:
         if self._place is None:
-            place = Place(self._url, self._run_dir)
-            _own(place, self._run_dir)
-            self._place = place
-        place, local = self._place, layout.checkpoints(self._run_dir)
+            self._place = Place(self._url, self._run_dir)
+        place, back = self._place, self._undone_after  # before anything that the run may change meanwhile
+        local = layout.checkpoints(self._run_dir)
         newest = layout.pointer(self._run_dir, layout.LATEST)
+        self._busy = None if newest is None else newest.name
+        _own(place, self._run_dir, claims=newest is not None)
         if newest is None:
             return
         self._send_journal(place)  # first: a checkpoint that can be restored has the lines that led to it
@@ -133,7 +135,7 @@ class Mirror:
         if best is not None and best in local:
             self._send(place, best)
             place.put(f"{best.name}\n".encode(), layout.BEST)
-        self._prune(place, newest)
+        self._prune(place, newest, back)
 
     def _send_journal(self, place: Place) -> None:
         """As it is at this moment: it grows while it is sent, and may end in half a line, which its reader knows of."""
@@ -169,14 +171,13 @@ class Mirror:
         place.put(text, key)
         self._busy = None
 
-    def _prune(self, place: Place, newest: Path) -> None:
+    def _prune(self, place: Place, newest: Path, back: int | None) -> None:
         """Delete from the copy what the run deleted. `newest` is whole there by now, and stays.
 
-        Later ones stay too, unless the run went back: another copy of the run may have come further.
+        Later ones stay too, unless the run went `back`: another copy of the run may have come further.
         """
         kept = {folder.name for folder in layout.checkpoints(self._run_dir)} | {newest.name}
         gone: dict[str, list[str]] = {}
-        back = self._undone_after
         for key in place.listed():
             name, _, file = key.partition("/")
             if file and _NAME.fullmatch(name) and name not in kept:
@@ -193,7 +194,8 @@ class Mirror:
 
 
 def restore(run_dir: Path, url: str, ranks: Ranks, journal: Path) -> bool:
-    """Bring the newest checkpoint that verifies back from the copy. All ranks, each fetching its share of the files.
+    """Bring the newest checkpoint that verifies back from the copy, and the best. All ranks, each fetching its share of
+    the files.
 
     journal: where the copy of the journal is put, before there is a checkpoint: a kill between the two restores both again.
     Returns whether there was any; raises `CheckpointError` on all ranks where there are some and none verifies, or
@@ -201,6 +203,7 @@ def restore(run_dir: Path, url: str, ranks: Ranks, journal: Path) -> bool:
     """
     place: Place | None = None
     names: list[str] = []
+    best = ""
     with ranks.together():
         place = Place(url, run_dir)
         if ranks.is_main:
@@ -210,18 +213,24 @@ def restore(run_dir: Path, url: str, ranks: Ranks, journal: Path) -> bool:
                 reverse=True,
             )
             names = [name for name in names if _NAME.fullmatch(name)]
-    names = ranks.broadcast(names)
+            best = (place.read(layout.BEST, SMALL) or b"").decode(errors="replace").strip()
+    names, best = ranks.broadcast((names, best))
     with ranks.together():
         if ranks.is_main and names:
             _restore_journal(place, journal)
     rejected = []
-    for name in names:
+    for number, name in enumerate(names):
         problem = _restore_one(place, run_dir, name, ranks)
         if problem is None:
+            log.info("restored %s from %s", name, place.url)
+            if best in names[number + 1 :]:  # else the run no longer has it, and the copy would lose it too
+                problem = _restore_one(place, run_dir, best, ranks)
+                if problem and ranks.is_main:
+                    log.warning("the best checkpoint is not restored: %s/%s: %s", place.url, best, problem)
             with ranks.together():
                 if ranks.is_main:
+                    layout.point(run_dir, layout.LATEST, run_dir / layout.FOLDER / name)
                     _adopt(place, run_dir)
-            log.info("restored %s from %s", name, place.url)
             return True
         rejected.append(f"{place.url}/{name}: {problem}")
         if ranks.is_main:
@@ -288,20 +297,25 @@ def _manifest_there(place: Place, name: str, *, strict: bool = False) -> Manifes
     return manifest
 
 
-def _own(place: Place, run_dir: Path) -> None:
-    """See that the copy is this run's, or nobody's yet; raises `MirrorError` where it is another's."""
+def _own(place: Place, run_dir: Path, *, claims: bool) -> None:
+    """See that the copy is this run's, or nobody's yet; raises `MirrorError` where it is another's.
+
+    claims: whether it becomes this run's by that. A run that moves keeps its word, one whose disk is wiped before the copy
+    holds a checkpoint has the same again.
+    """
     file = run_dir / layout.FOLDER / OWNER_FILE
     ours = file.read_text().strip() if file.is_file() else None
+    ours = ours or hashlib.sha256(os.fsencode(run_dir.resolve())).hexdigest()[:32]
     theirs = place.read(OWNER, SMALL)
-    if theirs is None:
-        ours = ours or secrets.token_hex(16)
-        layout.replace_file(file, ours + "\n")
-        place.put(f"{ours}\n".encode(), OWNER)
-    elif theirs.decode(errors="replace").strip() != ours:
+    if theirs is not None and theirs.decode(errors="replace").strip() != ours:
         raise MirrorError(
             f"{place.url} mirrors another run, whose checkpoints would be deleted; "
             f"give this one a checkpoint.mirror of its own, or delete {place.url}/{OWNER} to hand it over"
         )
+    if claims and not file.is_file():
+        layout.replace_file(file, ours + "\n")
+    if claims and theirs is None:
+        place.put(f"{ours}\n".encode(), OWNER)
 
 
 def _adopt(place: Place, run_dir: Path) -> None:

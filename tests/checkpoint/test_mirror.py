@@ -16,7 +16,7 @@ from saves import save
 from test_checkpoint import content
 
 from pretrain.checkpoint import checkpoints, read_manifest
-from pretrain.checkpoint.layout import BEST, LATEST, MANIFEST, folder_of, point, write_manifest
+from pretrain.checkpoint.layout import BEST, LATEST, MANIFEST, folder_of, point, pointer, write_manifest
 from pretrain.checkpoint.load import newest_valid
 from pretrain.checkpoint.mirror import Mirror, restore
 from pretrain.checkpoint.place import MirrorError, Place
@@ -108,11 +108,12 @@ def test_a_wiped_disk_is_restored_at_another_world_size(
     expected = on_ranks(world, train_on, run, "", 3, {})[0]
     (new := tmp_path / "new").mkdir()
     assert on_ranks(world, train_on, new, s3, 3, aws())[0] == expected
-    assert [folder.name for folder in checkpoints(new)] == [NAMES[3]]
+    assert [folder.name for folder in checkpoints(new)] == [NAMES[1], NAMES[3]]
+    assert pointer(new, LATEST) == folder_of(new, 3)
     place = Place(s3, run)
     assert [place.read(name, 100) for name in (LATEST, BEST)] == [f"{NAMES[n]}\n".encode() for n in (3, 1)]
     mirrored(new, s3)  # goes on as the same run
-    assert holds(s3, run) == [NAMES[3]]
+    assert holds(s3, run) == [NAMES[1], NAMES[3]]
 
 
 def _flip(path: Path) -> None:
@@ -219,6 +220,25 @@ def test_the_mirror_keeps_what_the_run_keeps_and_another_runs_copy_is_left_alone
     assert holds(url, copy) == [NAMES[3]]
 
 
+def test_a_run_whose_disk_is_wiped_before_a_checkpoint_is_there_knows_its_place_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, new = str(tmp_path / "mirror"), tmp_path / "new"
+    new.mkdir()
+    assert mirrored(new, url).failures == 0  # nothing to send yet, and nothing claimed
+    assert list((tmp_path / "mirror").iterdir()) == []
+    for refused, failures in ((True, 1), (False, 0)):
+        shutil.rmtree(new)
+        shutil.copytree(run / "checkpoints" / NAMES[3], new / "checkpoints" / NAMES[3])
+        point(new, LATEST, folder_of(new, 3))
+        with monkeypatch.context() as patch:
+            if refused:
+                patch.delattr(Place, "put_file")
+            assert mirrored(new, url).failures == failures
+        assert (tmp_path / "mirror" / "owner").is_file()
+    assert holds(url, new) == [NAMES[3]]
+
+
 def test_a_rollback_and_new_scores_reach_the_mirror(copy: Path, tmp_path: Path) -> None:
     url = str(tmp_path / "mirror")
     keep_two(copy, Path(url))
@@ -230,6 +250,26 @@ def test_a_rollback_and_new_scores_reach_the_mirror(copy: Path, tmp_path: Path) 
     mirrored(copy, url, back_to=2)
     assert holds(url, copy) == [NAMES[2]]
     assert read_manifest(Path(url) / NAMES[2]).progress == {"rollbacks": 1}
+
+
+def test_a_rollback_while_the_copy_is_brought_up_to_date_is_not_forgotten(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, put = str(tmp_path / "mirror"), Place.put
+    (copy / "checkpoints" / BEST).unlink()
+
+    def go_back(place: Place, content: bytes, key: str) -> None:
+        if key == LATEST:
+            monkeypatch.undo()
+            remove_later(copy, 2)
+            point(copy, LATEST, folder_of(copy, 2))
+            mirror.go_back(2)
+        put(place, content, key)
+
+    monkeypatch.setattr(Place, "put", go_back)
+    mirror = Mirror(copy, url, copy / "metrics.jsonl")
+    mirror.close(WAIT)
+    assert holds(url, copy) == [NAMES[2]]
 
 
 def test_a_damaged_checkpoint_does_not_take_the_place_of_a_whole_one(copy: Path, tmp_path: Path) -> None:
