@@ -19,7 +19,7 @@ from pretrain.checkpoint import layout
 from pretrain.checkpoint.layout import Manifest
 from pretrain.config import Config, Plan
 from pretrain.distributed import Ranks
-from pretrain.errors import CheckpointError
+from pretrain.errors import RunDirError
 from pretrain.logs import log
 
 
@@ -70,7 +70,10 @@ class Saver:
         try:
             if self._ranks.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
+                aside.parent.mkdir(
+                    exist_ok=True
+                )  # in a run directory that is gone, unmounted say, nothing is saved
+                aside.mkdir()
         except OSError as error:
             problem = str(error)
         self._ranks.barrier()
@@ -79,7 +82,7 @@ class Saver:
     def commit(self) -> Path:
         """Finish the pending save: wait for this rank's part, agree, publish. All ranks; returns its folder.
 
-        Raises `CheckpointError` on every rank if any of them could not write; what was committed before stays.
+        Raises `RunDirError` on every rank if any of them could not write; what was committed before stays.
         """
         assert self._writing is not None, "no save was begun"
         writing, self._writing = self._writing, None
@@ -101,7 +104,7 @@ class Saver:
         if failed:
             if self._ranks.is_main:
                 shutil.rmtree(writing.aside, ignore_errors=True)
-            raise CheckpointError(
+            raise RunDirError(
                 f"the checkpoint of step {writing.content.step} could not be written ({'; '.join(failed)}). "
                 "Earlier checkpoints are untouched; free space or mend the path, then start the run again."
             )

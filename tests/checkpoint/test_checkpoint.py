@@ -29,7 +29,7 @@ from pretrain.checkpoint.load import newest_valid, open_weights, open_weights_to
 from pretrain.checkpoint.save import Content, mark_best, prune
 from pretrain.config import Plan
 from pretrain.engine import Engine
-from pretrain.errors import CheckpointError
+from pretrain.errors import CheckpointError, RunDirError
 
 SAVED, TOTAL = 3, 7
 
@@ -264,7 +264,7 @@ def full_disk(ranks: Ranks, run: Path) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
     try:
         save(run, content(engine, plan, 2), ranks)
-    except CheckpointError as error:
+    except RunDirError as error:
         return str(error)
     return "saved"
 
@@ -276,7 +276,7 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all_and_harms_nothing(tmp_pa
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
 
 
-def out_of_memory(ranks: Ranks, run: Path) -> str:
+def out_of_memory(ranks: Ranks, run: Path) -> list[str]:
     engine, plan = make_engine(config(1, "fp32", None, 0), ranks, run)
     losses_of(engine, plan, ranks, 0, 1)
     save(run, content(engine, plan, 1), ranks)
@@ -287,17 +287,25 @@ def out_of_memory(ranks: Ranks, run: Path) -> str:
             raise MemoryError("cannot allocate 4 GiB")
 
         module.save_file = fail
-    try:
-        save(run, content(engine, plan, 2), ranks)
-    except CheckpointError as error:
-        return str(error)
-    return "saved"
+    words = []
+    for gone in (False, True):
+        if gone and ranks.is_main:
+            assert [path.name for path in checkpoints(run)] == ["step_00000001"]
+            shutil.rmtree(run)
+        with pytest.raises(RunDirError) as caught:
+            save(run, content(engine, plan, 2), ranks)
+        words.append(str(caught.value))
+    return words
 
 
-def test_whatever_ends_a_writer_is_told_to_all_ranks(tmp_path: Path) -> None:
-    for words in on_ranks(2, out_of_memory, tmp_path):
-        assert "(rank 1: MemoryError: cannot allocate 4 GiB)" in words
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001"]
+def test_whatever_ends_a_writer_is_told_to_all_ranks_and_no_run_directory_is_made_anew(
+    tmp_path: Path,
+) -> None:
+    (run := tmp_path / "run").mkdir()
+    for first, gone in on_ranks(2, out_of_memory, run):
+        assert "(rank 1: MemoryError: cannot allocate 4 GiB)" in first
+        assert "rank 0: [Errno 2] No such file or directory" in gone
+    assert not run.exists()
 
 
 def test_what_cannot_be_deleted_stops_no_run_and_goes_later(
