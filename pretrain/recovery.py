@@ -3,7 +3,8 @@
     bad          a loss or gradient that is not finite (the engine leaves such an update out on all ranks), or, with
                  `recovery.spike_factor`, a loss that far above its recent mean
     in a row     `recovery.after_bad_steps` of them are trouble; no checkpoint is made meanwhile
-    going back   to the newest checkpoint before the first of them; later ones are deleted
+    going back   to the newest checkpoint before the first of them, or to the one before that where the run went back to it
+                 the last time: it may be the beginning of the trouble; later ones are deleted
     passed over  all batches from there to the last bad one: other weights come of other samples
     written      into that checkpoint's manifest, in one atomic replacement: a kill before it goes into the same trouble
                  again, a kill after it goes on as if nothing had been killed
@@ -11,6 +12,7 @@
 Every rank counts for itself what all of them agreed on (`distributed.StepExchange`), so no rank goes back alone.
 """
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +26,7 @@ from pretrain.checkpoint.save import remove_later
 from pretrain.config import RecoveryConfig
 from pretrain.data.skipped import Skipped
 from pretrain.distributed import Ranks, StepFacts
-from pretrain.errors import DivergedError
+from pretrain.errors import CheckpointError, DivergedError
 from pretrain.logs import log
 from pretrain.tracking import Tracker
 
@@ -123,6 +125,9 @@ def go_back(
             "  Lower optim.lr, lengthen its warm-up, or save earlier (checkpoint.every_steps)."
         )
     found.close()
+    if trouble.rollbacks and trouble.rollbacks[-1]["to_step"] == found.manifest.step:
+        with contextlib.suppress(CheckpointError):  # on all ranks: no other one verifies
+            found = newest_valid(directory, ranks, before=found.manifest.step) or found
     step = found.manifest.step
     skipped = Skipped.of(found.manifest.data)
     start, stop = skipped.batch(step), trouble.skipped.batch(trouble.last - 1) + 1

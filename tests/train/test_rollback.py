@@ -37,22 +37,6 @@ def rolled(run: Path, digits: Path, stage: int = 1, **sections: dict[str, Any]) 
     )
 
 
-def faulty_and_counted(ranks: Ranks, cfg: Config, fault: str) -> int:
-    """Loaders that a run made."""
-    made = []
-
-    def counted(*args: Any, **kwargs: Any) -> TrainLoader:
-        made.append(None)
-        return TrainLoader(*args, **kwargs)
-
-    stage.TrainLoader = counted  # type: ignore[assignment, misc]
-    try:
-        faulty(ranks, [(cfg, fault, 10**9)])
-    finally:
-        stage.TrainLoader = TrainLoader  # type: ignore[misc]
-    return len(made)
-
-
 def faulty(ranks: Ranks, jobs: list[tuple[Config, str, int]]) -> list[tuple[str, int]]:
     ends = []
     for cfg, fault, stop_after in jobs:
@@ -99,18 +83,41 @@ def test_a_rolled_back_run_is_the_run_that_never_saw_those_batches(digits: Path,
         assert state["samples_seen"] == state["sources"]["train 1"] == 22 * TOTAL
 
 
-def test_the_journal_and_the_status_tell_of_a_rollback(digits: Path, tmp_path: Path) -> None:
-    """And its loaders go on: what they hold of a node's cache is not let go of meanwhile."""
+def poisoned(ranks: Ranks, cfg: Config, batches: set[int]) -> tuple[tuple[str, int], int]:
+    """The loss of these batches is not finite, whenever they come. Returns loaders made as well."""
+    go_on, loaders = Trainer._train_step, []
+
+    def counted(*args: Any, **kwargs: Any) -> TrainLoader:
+        loaders.append(TrainLoader(*args, **kwargs))
+        return loaders[-1]
+
+    def with_nan(self: Trainer, micro_batches: Any) -> None:
+        for batch in micro_batches:
+            if batches & set((batch.positions // self.plan.global_batch).tolist()):
+                batch.weights[0] = float("nan")
+        go_on(self, micro_batches)
+
+    Trainer._train_step = with_nan  # type: ignore[method-assign]
+    stage.TrainLoader = counted  # type: ignore[assignment, misc]
+    return train(ranks, cfg), len(loaders)
+
+
+def test_the_journal_and_the_status_tell_of_rollbacks_and_the_second_goes_further_back(
+    digits: Path, tmp_path: Path
+) -> None:
     cfg = rolled(tmp_path / "run", digits, train={"log_every_steps": 2})
-    assert on_ranks(2, faulty_and_counted, cfg, "step:0:7:NaN") == [1, 1]
+    loaders = 1  # for all attempts: what one holds of a node's cache is not let go of meanwhile
+    assert on_ranks(2, poisoned, cfg, {7, 9}) == [(("finished", TOTAL), loaders)] * 2
     run = tmp_path / "run"
-    assert [(a["attempt"], a["from_step"]) for a in ops(run, "attempt")] == [(1, 0), (2, 6)]
+    assert [(a["attempt"], a["from_step"]) for a in ops(run, "attempt")] == [(1, 0), (2, 6), (3, 3)]
     status = json.loads((run / "status.json").read_text())
-    [back] = status["rollbacks"]
-    assert (back["to_step"], back["batches"], status["attempt"]) == (6, [6, 7], 2)
-    assert "not finite" in back["why"]
+    first, second = status["rollbacks"]
+    assert (first["to_step"], first["batches"]) == (6, [6, 7])
+    assert (second["to_step"], second["batches"], status["attempt"]) == (3, [3, 9], 3)
+    assert "not finite" in first["why"]
+    assert read_manifest(open_weights(run).path).data["skipped"] == 7
     last = [r for r in ops(run, "metrics") if "train/rollbacks" in r["values"]][-1]
-    assert last["values"]["train/rollbacks"] == 1
+    assert last["values"]["train/rollbacks"] == 2
     assert 0 < last["values"]["perf/rank_seconds_median"] <= last["values"]["perf/rank_seconds_max"]
     assert last["values"]["perf/slowest_rank"] in (0, 1)
     assert not any("resume/diverged" in r["values"] for r in ops(run, "metrics"))
