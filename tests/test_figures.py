@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from ranks import on_ranks
 from test_resume import config, train
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from vits import random_images, random_weights, tiny
 
 from pretrain.config import ModelConfig
 from pretrain.errors import CheckpointError
 from pretrain.figures import attention_of, draw, look, needed_weights, numbers
+from pretrain.figures.attention import attention_weights
 from pretrain.model import InitialWeights, build, learned_table
 from pretrain.model.vit import Attention
 from pretrain.show import show
@@ -114,7 +117,7 @@ def test_what_is_heard_is_what_the_fused_kernel_weighs_the_values_by(kind: dict[
         layer.qkv.register_forward_hook(
             lambda _, __, out, layer=layer: heard.append((layer, out, torch.empty(0)))
         )
-        layer.listener = lambda weights: heard.append((*heard.pop()[:2], weights))
+        layer.listener = lambda *given: heard.append((*heard.pop()[:2], attention_weights(*given)))
     net(random_images(of))
     assert len(heard) == 3
     for layer, qkv, weights in heard:
@@ -143,6 +146,38 @@ def test_every_kind_of_model_can_be_looked_into(kind: dict[str, object], tmp_pat
         assert min(Image.open(path).size) > 200
     assert all(math.isfinite(value) for value in found.metrics().values())
     assert not any(isinstance(m, Attention) and m.listener for m in net.modules())
+
+
+class Largest(TorchDispatchMode):
+    """Keeps how many numbers the largest tensor that was made has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.numbers = max(self.numbers, made.numel() if isinstance(made, Tensor) else 0)
+        return made
+
+
+def test_attention_is_heard_image_by_image_and_is_that_of_all_at_once() -> None:
+    """At a high resolution the weights [B, h, T, T] of all images have no room beside a training."""
+    of = model(img_size=(48, 24), num_heads=4)  # 144 patches
+    net, shown = build(of, random_weights(of)).eval(), random_images(of, 5)
+    with Largest() as largest, attention_of(net) as heard:
+        net(shown)
+    assert largest.numbers < 5 * 4 * of.num_tokens**2 / 2
+    at_once: list[Tensor] = []
+    for block in net.blocks:
+        block.attn.listener = lambda *given: at_once.append(attention_weights(*given))
+    with torch.no_grad():
+        net(shown)
+    mixed = None
+    for layer, weights in enumerate(at_once):
+        distance = numbers.attention_distance(weights, of.grid, of.patch_size, of.num_prefix_tokens)
+        torch.testing.assert_close(heard.distance[layer], distance)
+        mixed = numbers.rolled(mixed, weights)
+    assert mixed is not None
+    torch.testing.assert_close(heard.rollout, numbers.seen_by_the_head(mixed, of.grid, 1, has_cls_token=True))
 
 
 def test_listening_does_not_compile_the_blocks_anew() -> None:

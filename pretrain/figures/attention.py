@@ -21,12 +21,22 @@ class Heard:
         self.distance: dict[int, Tensor] = {}
         self._mixed: Tensor | None = None
 
-    def add(self, layer: int, weights: Tensor) -> None:
-        """Attention weights [B, h, T, T] of a layer; layers come in their order. They are not kept."""
+    def add(self, layer: int, q: Tensor, k: Tensor, bias: Tensor | None) -> None:
+        """Queries and keys [B, h, T, d] of a layer and what joins their logits, or none; layers come in their order.
+
+        Image by image: at a high resolution the weights of all of them would not fit beside what training keeps.
+        """
         config = self._config
-        far = numbers.attention_distance(weights, config.grid, config.patch_size, config.num_prefix_tokens)
-        self.distance[layer] = far.cpu()
-        self._mixed = numbers.rolled(self._mixed, weights)
+        far: list[Tensor] = []
+        mixed: list[Tensor] = []
+        for one in (slice(image, image + 1) for image in range(len(q))):
+            weights = attention_weights(q[one], k[one], None if bias is None else bias[one])
+            far.append(
+                numbers.attention_distance(weights, config.grid, config.patch_size, config.num_prefix_tokens)
+            )
+            mixed.append(numbers.rolled(None if self._mixed is None else self._mixed[one], weights))
+        self.distance[layer] = torch.stack(far).mean(0).cpu()
+        self._mixed = torch.cat(mixed)
 
     @property
     def rollout(self) -> Tensor:
@@ -36,6 +46,13 @@ class Heard:
         return numbers.seen_by_the_head(
             self._mixed.cpu(), config.grid, config.num_prefix_tokens, config.has_cls_token
         )
+
+
+def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """What the fused kernel multiplies the values by: [B, h, T, d] twice -> float32 [B, h, T, T], rows of sum 1."""
+    with torch.autocast(q.device.type, enabled=False):
+        logits = q.float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5
+        return torch.softmax(logits if bias is None else logits + bias.float(), dim=-1)
 
 
 @contextmanager

@@ -36,8 +36,8 @@ from pretrain.model.position import (
 class Attention(nn.Module):
     """Multi-head self-attention (appendix A)."""
 
-    listener: Callable[[Tensor], None] | None
-    """Is given the attention weights [B, h, T, T] of each pass; see `pretrain.figures`."""
+    listener: Callable[[Tensor, Tensor, Tensor | None], None] | None
+    """Is given queries and keys [B, h, T, d] of each pass, and what joins their logits; see `pretrain.figures`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Attention(nn.Module):
         elif position is not None:
             bias = relative_logits(q, position)
         if self.listener is not None:
-            self.listener(attention_weights(q, k, bias))
+            self.listener(q, k, bias)
         x = F.scaled_dot_product_attention(q, k, v, bias)
         x = self.proj(x.transpose(1, 2).flatten(2))
         return dropout(x, key, config.dropout_rate)
@@ -77,13 +77,6 @@ def by_head(x: Tensor, num_maps: int, num_heads: int) -> tuple[Tensor, ...]:
     """
     maps = torch.unflatten(x, -1, (num_maps, num_heads, -1)).unbind(2)  # each [B, T, h, d]
     return tuple(part.transpose(1, 2) for part in maps)
-
-
-def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """What the fused kernel multiplies the values by: [B, h, T, d] twice -> float32 [B, h, T, T], rows of sum 1."""
-    with torch.autocast(q.device.type, enabled=False):
-        logits = q.float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5
-        return torch.softmax(logits if bias is None else logits + bias.float(), dim=-1)
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
