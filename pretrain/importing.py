@@ -108,9 +108,16 @@ def import_(
 
 
 def _recognised(source: Path) -> str:
+    from pretrain.formats.files import is_export, read_provenance
+
     for name in IMPORTS:
         if importer(name).recognises(source):
             return name
+    if is_export(source):
+        raise CheckpointError(
+            f"{source} is an export of ours, of format {read_provenance(source).format}: init.from and `pretrain export` take "
+            "a safetensors one as it is, of a bigvision one import the model.npz, and from onnx and mlflow nothing is read"
+        )
     what = ", ".join(what for _, what in IMPORTS.values())
     raise CheckpointError(f"{source} is of no format that is known: {what}. Say which with --format")
 

@@ -61,6 +61,10 @@ def predict(export: Path, images: tuple[Path, ...], top: int, batch: int, as_jso
     found = read_provenance(export)
     if found.format in _UNPREDICTABLE:
         raise ExportError(f"{export} is of format {found.format}: {_UNPREDICTABLE[found.format]}")
+    if found.model.get("num_classes") == 1 and found.probabilities == "softmax":
+        raise ExportError(
+            f"{export} has one class, which every image would be: its source had no head; fine-tune it first (init.from)"
+        )
     files = list(_files(images))
     if not files:
         raise DataError(f"there is no image ({', '.join(SUFFIXES)}) in {', '.join(map(str, images))}")

@@ -145,7 +145,12 @@ def is_export(folder: Path) -> bool:
 def read_provenance(folder: Path) -> Provenance:
     """The part that is ours of an export's config.json; raises `CheckpointError`. Hashes nothing: see `verify`."""
     path = folder / CONFIG
-    document = read_json(path).get(KEY)
+    try:
+        document = read_json(path).get(KEY)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder} is no export; `pretrain export` makes one of a run: {error}"
+        ) from None
     if not isinstance(document, dict):
         raise CheckpointError(f"{path} is not from `pretrain export` or `pretrain import`")
     if document.get("version") != VERSION:

@@ -113,7 +113,7 @@ def spoil(folder: Path) -> None:
     ("harm", "kind", "message"),
     [
         (spoil, CheckpointError, "is damaged or was replaced"),
-        (lambda f: (f / "config.json").unlink(), CheckpointError, "cannot be read"),
+        (lambda f: (f / "config.json").unlink(), CheckpointError, "`pretrain export` makes one"),
         (lambda f: (f / "config.json").write_text('{"architecture": "x"}'), CheckpointError, "is not from"),
         (lambda f: (f / "model.safetensors").unlink(), CheckpointError, "cannot be read"),
     ],
@@ -135,6 +135,14 @@ def test_an_mlflow_model_is_left_to_mlflow(tmp_path: Path, images: Path) -> None
     asked = ask(done.path, images)
     assert isinstance(asked.exception, ExportError)
     assert "mlflow models serve" in str(asked.exception)
+
+
+def test_a_model_of_one_class_is_no_classifier(tmp_path: Path, images: Path) -> None:
+    """What `pretrain import` makes of a source without a head would call every image class 0, at 100 %."""
+    done = write(tmp_path / "out", "safetensors", model(num_classes=1), ABOUT)
+    asked = ask(done.path, images)
+    assert isinstance(asked.exception, ExportError)
+    assert "had no head; fine-tune it first" in str(asked.exception)
 
 
 def test_a_folder_without_images_is_said_so(exports: Path, tmp_path: Path) -> None:
