@@ -28,6 +28,9 @@ INDEX = f"{WEIGHTS}.index.json"
 MAX_GROWTH = 16
 """How many times its size a compressed .npz may grow: trained weights hardly compress at all."""
 
+BELOW = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""Where a training's file has its state dict: the first of these that there is, averaged weights first, as timm takes it."""
+
 LARGEST = 2**20
 """No size of a network is larger; a config that says so is answered before anything is built."""
 
@@ -132,8 +135,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is not a safetensors file that can be read: {error}") from None
 
 
-def read_pth(path: Path) -> dict[str, Tensor]:
-    """A state dict that torch saved, bare or below `model` or `state_dict`; tensors only, nothing is executed."""
+def read_pth(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """A state dict that torch saved, bare or below one of `BELOW`, and below which; tensors only, nothing is executed."""
     _refuse_odd(path)
     if not zipfile.is_zipfile(path):
         raise CheckpointError(
@@ -148,20 +151,30 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # the restricted unpickler raises a dozen kinds
         words = str(error).splitlines()[0][:200]
         raise CheckpointError(
-            f"{path} holds more than tensors, or is damaged; it was not loaded: {words}"
+            f"{path} holds more than tensors, or is damaged; it was not loaded: {words}. If it is whole, load it where "
+            "you trust it, and save the state dict alone"
         ) from None
-    for key in ("model", "state_dict"):
-        if isinstance(document, dict) and isinstance(document.get(key), dict):
-            document = document[key]
+    below = None
+    if isinstance(document, dict):
+        below = next((key for key in BELOW if isinstance(document.get(key), dict)), None)
+        document = document if below is None else document[below]
     if not isinstance(document, dict) or not all(isinstance(v, Tensor) for v in document.values()):
-        raise CheckpointError(f"{path} holds no state dict: a mapping of names to tensors")
+        held = (
+            f"; there is {', '.join(map(repr, list(document)[:8]))[:200]}"
+            if isinstance(document, dict)
+            else ""
+        )
+        raise CheckpointError(
+            f"{path} holds no state dict, a mapping of names to tensors, bare or below {', '.join(BELOW)}{held}: "
+            "save the one that is meant alone"
+        )
     size = path.stat().st_size
     for name, value in document.items():
         if value.layout != torch.strided or value.device.type != "cpu":
             raise CheckpointError(f"{path}: {name} is no plain tensor ({value.layout}, {value.device})")
         if value.numel() * value.element_size() > min(size, value.untyped_storage().nbytes()):
             raise CheckpointError(f"{path}: {name} claims more numbers than there are in the file")
-    return _floats({str(name): value for name, value in document.items()}, path)
+    return _floats({str(name): value for name, value in document.items()}, path), below
 
 
 def read_npz(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:

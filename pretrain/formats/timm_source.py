@@ -47,6 +47,9 @@ _ARGUMENTS = {
 }  # fmt: skip
 """Arguments that a config.json may give to timm's constructor: numbers and names, nothing that it would load or call."""
 
+_WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")
+"""What torch.compile and DistributedDataParallel, in either order, put before every name."""
+
 
 @dataclass(frozen=True)
 class _Kind:
@@ -86,7 +89,7 @@ def recognises(source: Path) -> bool:
 
 
 def read(source: Path, hints: Hints) -> Imported:
-    tensors = _tensors(source)
+    tensors, below = _tensors(source)
     kind = _kind(source, tensors, hints)
     net = kind.build("meta")
     cannot_be_ours(source, _inexpressible(net))
@@ -103,7 +106,7 @@ def read(source: Path, hints: Hints) -> Imported:
         has_head,
         _preprocess(own),
         _class_names(source) if has_head else None,
-        notes=tuple(_notes(net, own, has_head)),
+        notes=tuple(_notes(net, own, has_head, below)),
         peer=_Peer(kind, tensors),
     )
     return checked(imported, str(source))
@@ -115,10 +118,15 @@ def judge(source: Path, imported: Imported) -> Callable[[Tensor], Tensor]:
     return lambda images: run(net, images, *per_channel(imported.model))
 
 
-def _tensors(source: Path) -> Tensors:
+def _tensors(source: Path) -> tuple[Tensors, str | None]:
+    """By timm's names, and below which key of the file they were."""
     if source.is_dir():
-        return read_folder(source)
-    return read_safetensors(source) if source.suffix == ".safetensors" else read_pth(source)
+        return read_folder(source), None
+    tensors, below = (read_safetensors(source), None) if source.suffix == ".safetensors" else read_pth(source)
+    for wrapper in _WRAPPERS:
+        if all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
+    return tensors, below
 
 
 def _kind(source: Path, tensors: Tensors, hints: Hints) -> _Kind:
@@ -133,7 +141,7 @@ def _kind(source: Path, tensors: Tensors, hints: Hints) -> _Kind:
         raise CheckpointError(
             f"{source / CONFIG} says depth {arguments['depth']}, with {len(tensors)} tensors"
         )
-    config = document.get("pretrained_cfg", {})
+    config = document.get("pretrained_cfg", document)  # timm before 0.8 wrote it all on one level
     name = hints.timm_model or document.get("architecture")
     if name is not None:
         if not isinstance(name, str) or not isinstance(config, dict):
@@ -221,6 +229,8 @@ def _inexpressible(net: Any) -> Iterator[str]:
         yield "pool_include_prefix: the mean is over patches alone"
     if isinstance(net.norm, nn.Identity) and isinstance(net.fc_norm, nn.Identity):
         yield "final_norm: there is always one"
+    if net.global_pool == "map" and not isinstance(net.fc_norm, nn.Identity):
+        yield "fc_norm behind attention pooling: the norm is before it"
     if net.attn_pool is not None:
         pool = net.attn_pool
         plain = type(pool) is AttentionPoolLatent and pool.latent_len == 1 and pool.pos_embed is None
@@ -363,7 +373,9 @@ def _class_names(source: Path) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-def _notes(net: Any, own: dict[str, Any], has_head: bool) -> Iterator[str]:
+def _notes(net: Any, own: dict[str, Any], has_head: bool, below: str | None) -> Iterator[str]:
+    if below is not None:
+        yield f"its weights are those below {below}"
     if net.has_class_token and net.global_pool != "token":
         yield "its cls token, which the head does not read, is the first register"
     if net.blocks[0].attn.qkv.bias is None:

@@ -264,7 +264,8 @@ def _described(
         "num_classes": 1 if head is None else len(head),
         "act": _act(document.get("hidden_act", "gelu")),
         "norm_eps": document.get("layer_norm_eps", 1e-12),
-        "representation_size": None if pooler is None else len(pooler),
+        # ViTForImageClassification has no pooler: one in its file is left over, and `restored` says so.
+        "representation_size": None if pooler is None or head is not None else len(pooler),
         "mean": how[0],
         "std": how[1],
     }

@@ -316,6 +316,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "nested": (lambda f: (f / "config.json").write_text('{"model_type":' + "[" * 200_000), "cannot be read"),
     "a missing weight": (weights_with(lambda w: w.pop(BIAS)), f"missing: {BIAS}"),
     "an extra weight": (weights_with(lambda w: w.update(x=torch.ones(1))), "not part of the model: vit.x"),
+    "a pooler beside a classifier": (
+        weights_with(lambda w: w.update({"vit.pooler.dense.weight": torch.ones(32, 32), "vit.pooler.dense.bias": torch.ones(32)})),
+        "not part of the model: vit.pooler.dense.bias, vit.pooler.dense.weight",
+    ),
     "NaN": (weights_with(lambda w: w[BIAS].fill_(torch.nan)), "values that are not finite: head.bias"),
     "integers": (weights_with(lambda w: w.update({BIAS: torch.ones(3, dtype=torch.int64)})), "floating-point"),
     "no input": (lambda f: (f / "preprocessor_config.json").unlink(), "give --mean and --std"),

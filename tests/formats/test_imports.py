@@ -131,6 +131,64 @@ def test_a_bare_state_dict_comes_in_by_its_shapes_and_two_words(tmp_path: Path, 
         bring(tmp_path / "w.safetensors", tmp_path / "no", *NUMBERS)
 
 
+@pytest.mark.parametrize(
+    ("below", "wrapped"),
+    [("state_dict_ema", "module."), ("state_dict", "_orig_mod.module."), ("model", "module._orig_mod."), (None, "module.")],
+)  # fmt: skip
+def test_a_training_s_file_gives_the_state_dict_that_timm_would_load(
+    tmp_path: Path, below: str | None, wrapped: str
+) -> None:
+    """timm's own `load_checkpoint` is asked: averaged weights before the others, names without what wrapped the model."""
+    from timm.models import load_checkpoint
+
+    source = tmp_path / "w.pth"
+    net = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=3)
+    document: dict[str, Any] = {"epoch": 3}
+    for scale, key in enumerate(("model", "state_dict", "state_dict_ema"), start=1):
+        document[key] = {f"{wrapped}{name}": scale * value for name, value in net.state_dict().items()}
+        if key == below:
+            break
+    torch.save(document if below else document["model"], source)
+    said = ["--img-size", "32", "32", "--num-heads", "3", *NUMBERS]
+    done = bring(source, tmp_path / "out", *said)
+    difference(done)
+    assert (f"note: its weights are those below {below}" in done.output) == (below is not None)
+    load_checkpoint(net, str(source))
+    brought = load_export(tmp_path / "out")[0].state_dict()
+    for name, value in net.state_dict().items():
+        assert torch.equal(brought[name], value), name
+
+
+def test_a_file_without_a_state_dict_says_what_there_is(tmp_path: Path) -> None:
+    torch.save({"teacher": {"a": torch.zeros(1)}, "epoch": 3}, tmp_path / "w.pth")
+    with pytest.raises(
+        CheckpointError, match=r"below state_dict_ema, .*; there is 'teacher', 'epoch': save the one"
+    ):
+        bring(tmp_path / "w.pth", tmp_path / "out", *NUMBERS)
+
+
+def test_a_flat_config_of_an_early_timm_says_how_its_input_is_normalised(tmp_path: Path) -> None:
+    timm_folder(tmp_path / "source", "vit_tiny_patch16_224", num_classes=3)
+    document = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 3,
+        "mean": [0.1, 0.2, 0.3],
+        "crop_pct": 0.75,
+    }
+    (tmp_path / "source" / "config.json").write_text(json.dumps(document))
+    bring(tmp_path / "source", tmp_path / "out", "--no-verify")
+    found = read_provenance(tmp_path / "out")
+    assert (found.input["mean"], found.preprocess.crop) == ([0.1, 0.2, 0.3], 0.75)
+
+
+def test_attention_pooling_with_a_norm_behind_it_is_refused(tmp_path: Path) -> None:
+    net = timm.create_model("vit_tiny_patch16_224", depth=1, global_pool="map", fc_norm=True)
+    save_file(net.state_dict(), tmp_path / "w.safetensors")
+    said = ["--img-size", "224", "224", "--num-heads", "3", *NUMBERS]
+    with pytest.raises(CheckpointError, match="fc_norm behind attention pooling"):
+        bring(tmp_path / "w.safetensors", tmp_path / "out", *said, "--no-verify")
+
+
 def test_a_model_of_timm_s_without_a_head_gets_one_of_zeros(tmp_path: Path) -> None:
     timm_folder(tmp_path / "source", "vit_base_patch16_siglip_224", depth=2, num_classes=0, img_size=[32, 32])
     done = bring(tmp_path / "source", tmp_path / "out")
@@ -341,6 +399,9 @@ def test_a_number_that_means_nothing_and_the_source_as_its_own_target_are_refuse
         )
     with pytest.raises(CheckpointError, match="is the source itself"):
         bring(tmp_path / "source", tmp_path / "source" / ".." / "source")
+    bring(tmp_path / "source", tmp_path / "ours", "--no-verify")
+    with pytest.raises(CheckpointError, match="is an export of ours, of format safetensors"):
+        bring(tmp_path / "ours", tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"cannot be: mean\.0: Input should be a finite number$"):
         bring(tmp_path / "source", tmp_path / "out", "--mean", "nan", "--std", "1", "--no-verify")
 
