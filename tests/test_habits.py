@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import subprocess
+import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -166,16 +167,30 @@ def rooms() -> set[str]:
     return {room for room in found if "/__" not in room}
 
 
-def test_the_tree_has_one_line_for_each_room_and_no_other() -> None:
-    tree = re.search(r"^```\n(.*?)^```$", section("The tree"), re.MULTILINE | re.DOTALL)
-    assert tree
+def tree() -> list[str]:
+    """The rooms that the README lists, in its order."""
+    found = re.search(r"^```\n(.*?)^```$", section("The tree"), re.MULTILINE | re.DOTALL)
+    assert found
     listed, above = [], ""
-    for line in tree[1].splitlines():
+    for line in found[1].splitlines():
         parts = re.fullmatch(r"( *)(\S+) +\S.*", line)
         assert parts, line
         above = above if parts[1] else parts[2]
         listed.append(above + parts[2] if parts[1] else parts[2])
-    assert sorted(listed) == sorted(rooms())
+    return listed
+
+
+def test_the_tree_has_one_line_for_each_room_and_no_other() -> None:
+    assert sorted(tree()) == sorted(rooms())
+
+
+def test_the_tree_goes_down_as_the_imports_do() -> None:
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    depth = {name: d for d, line in enumerate(contract["layers"]) for name in re.findall(r"\w+", line)}
+    depths = [
+        depth[Path(room).stem] for room in tree() if room.startswith("pretrain/") and room != "pretrain/"
+    ]
+    assert depths == sorted(depths)
 
 
 def test_the_table_of_settings_is_that_of_the_schema() -> None:
