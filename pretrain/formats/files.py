@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ValidationError
 
 from pretrain.config import ModelConfig
+from pretrain.documents import read_object
 from pretrain.errors import CheckpointError
 from pretrain.formats import EXPORTS
 
@@ -122,16 +123,9 @@ def hashes(folder: Path) -> dict[str, tuple[int, str]]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a small file; raises `CheckpointError`."""
     try:
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path} cannot be read: it is no file")
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES:,} bytes: that is no config")
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        return read_object(path, MAX_JSON_BYTES)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path} cannot be read: it holds no JSON object")
-    return document
 
 
 def is_export(folder: Path) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pretrain.config import ModelConfig
 from pretrain.errors import CheckpointError
+from pretrain.transfer.fits import listed
 
 
 class Layout(NamedTuple):
@@ -117,13 +118,6 @@ def complain(where: str, problems: list[str]) -> None:
             f"{where} does not hold what its config says; nothing was imported:\n"
             + "\n".join(f"  - {problem}" for problem in problems)
         )
-
-
-def listed(names: Iterable[str], limit: int = 6) -> str:
-    """A few names in order, and how many more there are."""
-    names = sorted(names)
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
 
 
 def _unrolled(rules: Iterable[Rule], num_blocks: int) -> Iterator[Rule]:

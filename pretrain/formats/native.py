@@ -60,9 +60,7 @@ def open_export(folder: Path) -> tuple[Mapping[str, Tensor], Provenance]:
     """The weights of a verified export, read when they are asked for, and all that its config.json says of them."""
     _verified(folder)
     found = read_provenance(folder)
-    with _opened(folder / WEIGHTS) as tensors:
-        names = list(tensors.keys())
-    weights = LazyWeights({name: _reader(folder / WEIGHTS, name) for name in names})
+    weights = _lazy(folder / WEIGHTS)
     if problems := wrong_weights(weights, found.config):
         raise CheckpointError(f"{folder} does not hold the model that it describes: {'; '.join(problems)}")
     return weights, found
@@ -100,10 +98,7 @@ def open_export_together(folder: Path, ranks: Ranks) -> ExportedWeights:
                 "or it lags"
             )
         found = read_provenance(folder)
-        file = folder / WEIGHTS
-        with _opened(file) as tensors:
-            names = list(tensors.keys())
-    weights = LazyWeights({name: _reader(file, name) for name in names})
+        weights = _lazy(folder / WEIGHTS)
     step = found.lineage.get("step")
     return ExportedWeights(folder, step if isinstance(step, int) else 0, digest, found.config, weights)
 
@@ -121,6 +116,13 @@ def _verified(folder: Path) -> ModelConfig:
         if found.config.num_blocks > len(tensors.keys()):  # nothing is built, not even without memory
             raise CheckpointError(f"{folder} does not hold the model that it describes: too few weights")
     return found.config
+
+
+def _lazy(file: Path) -> LazyWeights:
+    """The tensors of a file as float32, each read when it is asked for."""
+    with _opened(file) as tensors:
+        names = list(tensors.keys())
+    return LazyWeights({name: _reader(file, name) for name in names})
 
 
 def _reader(file: Path, name: str) -> Callable[[], Tensor]:

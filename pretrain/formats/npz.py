@@ -29,13 +29,13 @@ from pretrain.formats.names import (
     SAME,
     Layout,
     Rule,
-    listed,
     restored,
     stored,
 )
 from pretrain.formats.source import Hints, Imported, checked, model_config, names_in_npz, read_npz, zero_head
 from pretrain.formats.timm_models import library, run, settings
 from pretrain.model import parameter_shapes
+from pretrain.transfer.fits import listed
 
 FILE = "model.npz"
 HOW_TO_LOAD = "timm's VisionTransformer.load_pretrained('{folder}/model.npz'), or big_vision's model.load"

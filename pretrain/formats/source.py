@@ -4,6 +4,7 @@ No pickle is executed (`torch.load` restricted to tensors), nothing is decompres
 own size warrants, no name in an index leads out of its folder, and no code that a folder brings along is loaded.
 """
 
+import math
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +23,7 @@ from torch import Tensor
 from pretrain.config import ModelConfig
 from pretrain.errors import CheckpointError
 from pretrain.formats.files import AS_IT_IS, WEIGHTS, Preprocess, in_a_line, read_json
+from pretrain.formats.names import complain
 from pretrain.transfer.fits import wrong_weights
 
 INDEX = f"{WEIGHTS}.index.json"
@@ -70,16 +72,12 @@ class Imported:
     """What was assumed or said otherwise, for people."""
 
     peer: Any = None
-    """Whatever the module wants to remember for `answers`."""
+    """Whatever the module wants to remember for `judge`."""
 
 
 def checked(imported: Imported, where: str) -> Imported:
     """The same, once every weight has its place, its shape and finite numbers; raises `CheckpointError`."""
-    if problems := wrong_weights(imported.weights, imported.model):
-        raise CheckpointError(
-            f"{where} does not hold what its config says; nothing was imported:\n"
-            + "\n".join(f"  - {problem}" for problem in problems)
-        )
+    complain(where, wrong_weights(imported.weights, imported.model))
     return imported
 
 
@@ -223,10 +221,7 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Tensor:
         shape, fortran, dtype = read_header[version](file)
         if dtype.hasobject or dtype.kind not in "fV" or dtype.itemsize not in (2, 4, 8) or dtype.names:
             raise ValueError(f"an array of {dtype}, which is no weight; objects are pickles and not read")
-        count = 1
-        for length in shape:
-            count *= int(length)
-        if min(shape, default=1) < 0 or file.tell() + count * dtype.itemsize != info.file_size:
+        if min(shape, default=1) < 0 or file.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
             raise ValueError(f"its header claims {list(shape)} of {dtype}, its size says otherwise")
         data = bytearray(file.read())
     flat: npt.NDArray[Any] = np.frombuffer(data, dtype)

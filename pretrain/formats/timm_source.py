@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pretrain.errors import CheckpointError
 from pretrain.formats.files import CONFIG, Preprocess, per_channel, read_json
-from pretrain.formats.names import complain, listed
+from pretrain.formats.names import complain
 from pretrain.formats.source import (
     LARGEST,
     Hints,
@@ -31,6 +31,7 @@ from pretrain.formats.source import (
     zero_head,
 )
 from pretrain.formats.timm_models import library, run
+from pretrain.transfer.fits import listed
 
 HINTS = {"timm_model", "img_size", "num_heads", "act", "norm_eps", "mean", "std"}
 Tensors = dict[str, Tensor]

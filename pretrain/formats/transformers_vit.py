@@ -4,6 +4,7 @@ The names on disk are those of transformers 4, which version 5 still saves and c
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -343,23 +344,18 @@ def _class_names(document: Mapping[str, Any], model: ModelConfig) -> tuple[str, 
     return tuple(str(name) for name in found)
 
 
-def _quietly() -> Any:
+@contextmanager
+def _quietly() -> Iterator[None]:
     """Without transformers' progress bars."""
-    from contextlib import contextmanager
+    from transformers.utils import logging
 
-    @contextmanager
-    def quiet() -> Iterator[None]:
-        from transformers.utils import logging
-
-        shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            if shown:
-                logging.enable_progress_bar()
-
-    return quiet()
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _library() -> Any:

@@ -8,6 +8,7 @@ from pretrain.config import InitConfig, ModelConfig
 from pretrain.model import parameter_shapes
 from pretrain.transfer.position import converts, stays_in_place
 
+SHOWN = 6
 _MUST_AGREE = ("embed_dim", "depth", "num_heads", "mlp_dim", "in_chans", "act", "qk_norm", "norm_eps")
 POOLS = {
     "token": ("token", "avg", "norm_avg"),
@@ -87,9 +88,9 @@ def wrong_weights(source: Mapping[str, Tensor], config: ModelConfig) -> list[str
     expected = parameter_shapes(config)
     problems = []
     if missing := [name for name in expected if name not in source]:
-        problems.append(f"missing in the source: {_listed(missing)}")
+        problems.append(f"missing in the source: {listed(missing)}")
     if extra := [name for name in source if name not in expected]:
-        problems.append(f"not part of the source's model: {_listed(extra)}")
+        problems.append(f"not part of the source's model: {listed(extra)}")
     misshapen, not_finite = [], []
     for name in expected.keys() & set(source):
         value = source[name]
@@ -98,13 +99,14 @@ def wrong_weights(source: Mapping[str, Tensor], config: ModelConfig) -> list[str
         elif not value.isfinite().all():
             not_finite.append(name)
     if misshapen:
-        problems.append(f"of another shape: {_listed(misshapen)}")
+        problems.append(f"of another shape: {listed(misshapen)}")
     if not_finite:
-        problems.append(f"with values that are not finite: {_listed(not_finite)}")
+        problems.append(f"with values that are not finite: {listed(not_finite)}")
     return problems
 
 
-def _listed(names: Iterable[str], limit: int = 6) -> str:
+def listed(names: Iterable[str]) -> str:
+    """A few names in order, and how many more there are."""
     names = sorted(names)
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
+    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + rest
