@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.verdict import NO_CODE_OF_ITS_OWN, Attempt, Failure, Limits, Verdict, bad_nodes, judge
-from pretrain.documents import number, parse_object, read_object, whole
+from pretrain.documents import number, parse_object, read_object, whole, write_object
 
 UNDER_WAY, ATTEMPTS, CONFIG = "attempt.json", "attempts.jsonl", "config.yaml"
 ASK_SECONDS = 30.0
@@ -80,9 +80,7 @@ def _begin(folder: Path, run: Path | None, needs: Path | None) -> str:
     if run is not None:
         for left in (run / "logs").glob("rank_*.failure"):  # of a larger world than this one, maybe
             left.unlink(missing_ok=True)
-    aside = folder / f"{UNDER_WAY}.tmp"
-    aside.write_text(json.dumps(_beginning(run)) + "\n")
-    aside.replace(folder / UNDER_WAY)
+    write_object(folder / UNDER_WAY, _beginning(run))
     return "go"
 
 

@@ -4,7 +4,6 @@ Runs as a job when all members have ended, and by hand as often as one likes. Wr
 member's run in MLflow `best: true`, through its journal: what MLflow misses is delivered later.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,9 +13,8 @@ import click
 
 from launch import sweep as sweeps
 from pretrain import command, run_dir
-from pretrain.checkpoint.layout import replace_file
 from pretrain.config import load
-from pretrain.documents import number, read_object, whole
+from pretrain.documents import number, read_object, whole, write_object
 from pretrain.errors import RunDirError, UserError
 from pretrain.tracking.journal import journal_path, label
 
@@ -50,7 +48,7 @@ def best(sweep: Path) -> None:
     _check_one_start(sweep, [result.run for result in results if result.top1 is not None])
     before = sweeps.read_best(sweep)
     facts = asdict(found) | {"members": [asdict(result) for result in results]}
-    replace_file(sweep / sweeps.BEST, json.dumps(facts, indent=1) + "\n")
+    write_object(sweep / sweeps.BEST, facts)
     _show(results, found)
     if before is not None and before.run != found.run and journal_path(sweep / before.run).is_file():
         _tag(sweep / before.run, "false")

@@ -24,8 +24,8 @@ from launch.job import (
 from launch.profile import Profile
 from launch.render import render, render_array
 from pretrain import command
-from pretrain.checkpoint.layout import replace_file
 from pretrain.config import Config, load
+from pretrain.documents import replace_file
 from pretrain.errors import ConfigError
 from pretrain.formats import EXPORTS
 

@@ -12,7 +12,6 @@ RUN/slurm/train/ or export/, SWEEP/slurm/sweep/
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,8 @@ from pathlib import Path
 
 from launch import queue
 from launch.job import CONFIG, SCRIPT, Job
-from pretrain.checkpoint.layout import replace_file
 from pretrain.config import Config, dump
-from pretrain.documents import read_object, whole
+from pretrain.documents import read_object, replace_file, whole, write_object
 from pretrain.errors import RunDirError
 from pretrain.lineage import code_changes, code_facts
 from pretrain.redact import redact_text
@@ -74,7 +72,7 @@ def write(job: Job, config: Config | None, script: str) -> Path:
     """Write the snapshot; returns the path of the script."""
     if config is not None:
         replace_file(job.folder / CONFIG, dump(config))
-    replace_file(job.folder / "code.json", json.dumps(code_facts(), indent=1) + "\n")
+    write_object(job.folder / "code.json", code_facts())
     changes = code_changes()
     if changes:
         replace_file(job.folder / "code.diff", redact_text(changes))
@@ -86,7 +84,7 @@ def write(job: Job, config: Config | None, script: str) -> Path:
 
 def record(job: Job, job_id: int, chain: Sequence[Path], task: int | None = None) -> None:
     facts = {"job_id": job_id, "name": job.name, "chain": [str(folder) for folder in chain], "task": task}
-    replace_file(job.folder / RECORD, json.dumps(facts, indent=1) + "\n")
+    write_object(job.folder / RECORD, facts)
 
 
 def read(folder: Path) -> Submitted | None:

@@ -8,16 +8,14 @@ SWEEP/, the config's run.dir
 """
 
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from pretrain.checkpoint.layout import replace_file
 from pretrain.config import Config, load
-from pretrain.documents import number, read_object, whole
+from pretrain.documents import number, read_object, whole, write_object
 from pretrain.errors import ConfigError, RunDirError
 from pretrain.run_dir import STATUS
 
@@ -88,7 +86,7 @@ def members_of(path: Path, overrides: Sequence[str], over: Sequence[str]) -> lis
 def write(sweep: Path, members: Sequence[Member]) -> None:
     """Note what the sweep consists of."""
     facts = [{"run": member.name, "values": dict(member.values)} for member in members]
-    replace_file(sweep / MEMBERS, json.dumps({"members": facts}, indent=1) + "\n")
+    write_object(sweep / MEMBERS, {"members": facts})
 
 
 def read(sweep: Path) -> list[tuple[str, dict[str, str]]]:

@@ -1,10 +1,13 @@
-"""Small JSON files as they are found: cut short by a death, written by a hand or by nobody of ours.
+"""Small files, JSON most of them: written whole or not at all, and read as they are found, cut short by a death, written
+by a hand or by nobody of ours.
 
 Only the standard library is imported here: the batch script's questions are answered by a plain Python.
 """
 
 import json
 import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ MAX_BYTES = 2**20
 def read_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """The JSON object in a file. Raises `OSError`, or `ValueError` with what is wrong with it."""
     if not path.is_file():  # a pipe would be waited for
-        raise FileNotFoundError("there is no such file")
+        raise FileNotFoundError("it is no file" if path.exists() else "there is no such file")
     with path.open("rb") as file:
         text = file.read(max_bytes + 1)
     if len(text) > max_bytes:
@@ -31,6 +34,31 @@ def parse_object(text: bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError("it holds no object")
     return found
+
+
+def write_object(path: Path, facts: Mapping[str, Any]) -> None:
+    """Let a file hold this JSON object; see `replace_file`."""
+    replace_file(path, json.dumps(facts, indent=1) + "\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a small file whole or not at all, and make it last. Raises `OSError`."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last. Raises `OSError`."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def number(value: object) -> float | None:

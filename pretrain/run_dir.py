@@ -21,10 +21,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pretrain.checkpoint.layout import checkpoints, config_of, read_manifest, replace_file
+from pretrain.checkpoint.layout import checkpoints, config_of, read_manifest
 from pretrain.config import Config, Plan, dump
 from pretrain.config.resume import FIXED, Refused, changed_keys, check_allowed, refused
-from pretrain.documents import number, read_object, whole
+from pretrain.documents import number, read_object, replace_file, whole, write_object
 from pretrain.errors import (
     CacheInUseError,
     CheckpointError,
@@ -85,7 +85,7 @@ def refuse_changes(run_dir: Path, changes: Sequence[Refused], allowed: Sequence[
 
 def write_config(run_dir: Path, config: Config, plan: Plan) -> None:
     replace_file(run_dir / CONFIG, dump(config))
-    replace_file(run_dir / PLAN, json.dumps(plan.as_dict(), indent=1) + "\n")
+    write_object(run_dir / PLAN, plan.as_dict())
 
 
 def write_hand_off(
@@ -94,12 +94,12 @@ def write_hand_off(
     """What the first weights were made of. report: (weight, what became of it, how)."""
     rows = [dict(zip(("name", "action", "detail"), row, strict=True)) for row in report]
     facts = {"checkpoint": checkpoint, "step": step, "sha256": digest, "weights": rows}
-    replace_file(run_dir / HANDOFF, json.dumps(facts, indent=1) + "\n")
+    write_object(run_dir / HANDOFF, facts)
 
 
 def write_status(run_dir: Path, status: Status, step: int, **facts: Any) -> None:
     """The truth about how a run stands, replaced atomically."""
-    replace_file(run_dir / STATUS, json.dumps({"status": status, "step": step, **facts}, indent=1) + "\n")
+    write_object(run_dir / STATUS, {"status": status, "step": step, **facts})
 
 
 def read_status(run_dir: Path) -> Mapping[str, Any]:
@@ -150,7 +150,7 @@ def record_failure(run_dir: Path, rank: int, error: BaseException, words: str) -
         "exit_code": error.exit_code if isinstance(error, UserError) else 1,
     }
     with contextlib.suppress(OSError):  # a full disk may be the very failure: the log has its words
-        replace_file(_failure(run_dir, rank), json.dumps(facts) + "\n")
+        write_object(_failure(run_dir, rank), facts)
 
 
 def node() -> str:

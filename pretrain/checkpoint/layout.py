@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import os
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import Config
+from pretrain.documents import replace_file, write_object
 from pretrain.errors import CheckpointError
 
 FOLDER = "checkpoints"
@@ -56,11 +57,8 @@ class Manifest:
                 if start != end or stop <= start:
                     break
                 end = stop
-            numel = 1
-            for length in shape:
-                numel *= length
-            if end != numel:
-                found.append(f"{name}: slices cover {end} of {numel} elements")
+            if end != math.prod(shape):
+                found.append(f"{name}: slices cover {end} of {math.prod(shape)} elements")
         return found
 
 
@@ -199,7 +197,7 @@ def _hostile(manifest: Manifest) -> str | None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     document = {"sha256": manifest_digest(manifest), "body": asdict(manifest)}
-    replace_file(folder / MANIFEST, json.dumps(document, indent=1) + "\n")
+    write_object(folder / MANIFEST, document)
 
 
 def manifest_digest(manifest: Manifest) -> str:
@@ -215,26 +213,6 @@ def config_of(manifest: Manifest, folder: Path) -> Config:
         raise CheckpointError(
             f"{folder} was written under a config that this release does not read: {error}"
         ) from None
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a small file whole or not at all, and make it last."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _canonical(body: Any) -> bytes:

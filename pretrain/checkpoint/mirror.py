@@ -1,7 +1,7 @@
 """A copy of the run's checkpoints in another place, made beside training, and brought back when the run has none.
 
     URL/
-      owner                          which run's checkpoints these are: a word made of the path of its directory, and kept there
+      owner                          which run's checkpoints these are: a word that the run keeps too
       journal                        what the run logged, up to the time of the newest checkpoint or later
       latest, best                   as in the run directory
       step_00000800/rank_*.safetensors
@@ -11,9 +11,8 @@ Rank 0's thread sends the journal, then the newest checkpoint, then the best, th
 more. Nothing that it meets reaches training: what fails is logged and counted, and tried again when the next checkpoint is there.
 """
 
-import hashlib
-import os
 import re
+import secrets
 import shutil
 import threading
 import time
@@ -26,6 +25,7 @@ from pretrain.checkpoint.place import MirrorError, Place
 from pretrain.checkpoint.save import publish
 from pretrain.config import CheckpointConfig
 from pretrain.distributed import Ranks
+from pretrain.documents import replace_file, sync_folder
 from pretrain.errors import CheckpointError, UserError
 from pretrain.logs import log
 
@@ -250,7 +250,7 @@ def _restore_journal(place: Place, journal: Path) -> None:
         aside = journal.with_name(journal.name + ".tmp")
         place.fetch(JOURNAL, aside, size)
         aside.replace(journal)
-        layout.sync_folder(journal.parent)
+        sync_folder(journal.parent)
 
 
 def _restore_one(place: Place, run_dir: Path, name: str, ranks: Ranks) -> str | None:
@@ -300,21 +300,22 @@ def _manifest_there(place: Place, name: str, *, strict: bool = False) -> Manifes
 def _own(place: Place, run_dir: Path, *, claims: bool) -> None:
     """See that the copy is this run's, or nobody's yet; raises `MirrorError` where it is another's.
 
-    claims: whether it becomes this run's by that. A run that moves keeps its word, one whose disk is wiped before the copy
-    holds a checkpoint has the same again.
+    claims: whether it becomes this run's by that. A copy without a checkpoint is nobody's: the run that began it is gone,
+    its disk was wiped maybe, or is refused from now on.
     """
     file = run_dir / layout.FOLDER / OWNER_FILE
     ours = file.read_text().strip() if file.is_file() else None
-    ours = ours or hashlib.sha256(os.fsencode(run_dir.resolve())).hexdigest()[:32]
-    theirs = place.read(OWNER, SMALL)
-    if theirs is not None and theirs.decode(errors="replace").strip() != ours:
+    theirs = (place.read(OWNER, SMALL) or b"").decode(errors="replace").strip()
+    if theirs and theirs == ours:
+        return
+    if theirs and place.read(layout.LATEST, SMALL) is not None:
         raise MirrorError(
             f"{place.url} mirrors another run, whose checkpoints would be deleted; "
             f"give this one a checkpoint.mirror of its own, or delete {place.url}/{OWNER} to hand it over"
         )
-    if claims and not file.is_file():
-        layout.replace_file(file, ours + "\n")
-    if claims and theirs is None:
+    if claims:
+        ours = ours or secrets.token_hex(16)
+        replace_file(file, ours + "\n")
         place.put(f"{ours}\n".encode(), OWNER)
 
 
@@ -322,7 +323,7 @@ def _adopt(place: Place, run_dir: Path) -> None:
     """Go on as the run whose checkpoints were restored."""
     word = (place.read(OWNER, SMALL) or b"").decode(errors="replace").strip()
     if _WORD.fullmatch(word):
-        layout.replace_file(run_dir / layout.FOLDER / OWNER_FILE, word + "\n")
+        replace_file(run_dir / layout.FOLDER / OWNER_FILE, word + "\n")
 
 
 def opened(run_dir: Path, config: CheckpointConfig, ranks: Ranks, journal: Path) -> Mirror | None:

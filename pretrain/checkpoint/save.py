@@ -19,6 +19,7 @@ from pretrain.checkpoint import layout
 from pretrain.checkpoint.layout import Manifest
 from pretrain.config import Config, Plan
 from pretrain.distributed import Ranks
+from pretrain.documents import sync_folder
 from pretrain.errors import RunDirError
 from pretrain.logs import log
 
@@ -255,6 +256,6 @@ def publish(aside: Path, folder: Path, manifest: Manifest) -> None:
     aside.rename(folder)
     if doomed is not None:
         shutil.rmtree(doomed, ignore_errors=True)
-    layout.sync_folder(folder.parent)
+    sync_folder(folder.parent)
     faults.at("latest", manifest.step)
     layout.point(folder.parent.parent, layout.LATEST, folder)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.layout import replace_file
+from pretrain.documents import write_object
 from pretrain.errors import ConfigError
 from pretrain.studies.questions import Setting, Study, directory
 from pretrain.studies.runner import finished
@@ -49,7 +49,7 @@ def _measures(status: Mapping[str, Any], study: Study) -> dict[str, float]:
 
 def save(results: Mapping[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(results, indent=1) + "\n")
+    write_object(path, results)
 
 
 def read(path: Path) -> Mapping[str, Any]:
