@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pretrain.config import RandomErasingConfig
-from pretrain.data.resize import Pixels
+from pretrain.data.box import Pixels
 from pretrain.draws import Stream, normal, uniform
 
 _TRIES = 10

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps, ImageStat
 
-from pretrain.data.resize import Pixels
+from pretrain.data.box import Pixels
 
 Affine = tuple[float, float, float, float, float, float]
 """(a, b, c, d, e, f): output (x, y) shows the input at (ax + by + c, dx + ey + f)."""

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.data import ops_pillow
-from pretrain.data.resize import Pixels
+from pretrain.data.box import Pixels
 
 Floats = npt.NDArray[np.float32]
 

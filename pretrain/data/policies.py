@@ -20,8 +20,8 @@ from pretrain.config import (
 )
 from pretrain.data import ops_pillow as pil
 from pretrain.data import ops_tensorflow as tf
+from pretrain.data.box import Pixels
 from pretrain.data.erasing import RandomErasing
-from pretrain.data.resize import Pixels
 from pretrain.draws import FloatArray, IntArray, Stream, normal, uniform
 
 Draws = Sequence[float]

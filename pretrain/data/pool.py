@@ -183,7 +183,7 @@ class _Words:
 def _serve(task: Callable[[Any, Advance], object], pipe: Connection) -> None:
     """The life of a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     words = _Words(pipe)
     while True:
         try:
@@ -201,7 +201,8 @@ def _serve(task: Callable[[Any, Advance], object], pipe: Connection) -> None:
         pipe.send((kind, value))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """In a thread of a worker: end it at once when its parent is dead, whatever it is doing."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -33,7 +33,7 @@ import torch
 from pretrain import faults
 from pretrain.data.fill import Filler
 from pretrain.data.order import Rows
-from pretrain.data.pool import held_back
+from pretrain.data.pool import end_with_parent, held_back
 from pretrain.data.quarantine import BadSample
 from pretrain.data.reader import Reader, announced_rows
 from pretrain.data.slots import Images, Slots, parts
@@ -322,7 +322,7 @@ def _serve(task: _Task, requests: Connection, replies: Connection, asks: Connect
     """The life of a process."""
     for number in _LEFT_TO_THE_PARENT:
         signal.signal(number, signal.SIG_IGN)  # for what is started from here
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     if faults.VARIABLE in os.environ:
         faults.arm(os.environ, from_environment(os.environ).rank)
@@ -358,13 +358,6 @@ def _serve(task: _Task, requests: Connection, replies: Connection, asks: Connect
             except EOFError:
                 pool.shutdown(wait=True, cancel_futures=True)
         reader.close()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
 
 
 def _error(how: str, text: str) -> DataError | RuntimeError:

@@ -40,7 +40,7 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
-class _Key(NamedTuple):
+class Key(NamedTuple):
     """A block: samples [number * block_samples, (number + 1) * block_samples) of a shard."""
 
     shard: int
@@ -71,7 +71,7 @@ class LocalReader:
         )
         edges = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(shards)]
         for start, stop in pairwise(edges):
-            block = self._blocks.get(_Key(int(shards[start]), int(blocks[start])))
+            block = self._blocks.get(Key(int(shards[start]), int(blocks[start])))
             first = int(samples[start])
             found += block.read(first, first + stop - start)
         return found
@@ -84,7 +84,7 @@ class LocalReader:
         path = Path(self._dataset.paths[shard])
         return load_index(index_path(path), self._dataset.shards[shard]).table
 
-    def _open_block(self, key: _Key) -> "_Block":
+    def _open_block(self, key: Key) -> "_Block":
         first = key.number * self._block_samples
         table = self._indexes.get(key.shard)[first : first + self._block_samples].copy()
         block = _Block(self._dataset.paths[key.shard], first, table, self._files)

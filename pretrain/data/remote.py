@@ -26,7 +26,7 @@ from pretrain.data.cache import IN_USE, NodeCache
 from pretrain.data.dataset import Dataset
 from pretrain.data.index import BLOCK, ShardIndex, index_bytes, remedy
 from pretrain.data.manifest import Shard
-from pretrain.data.read import FEWEST_KEPT, LocalReader, checked_index, load_index
+from pretrain.data.read import FEWEST_KEPT, Key, LocalReader, checked_index, load_index
 from pretrain.data.store import Stores, Version
 from pretrain.data.tar import Sample, parse_sample
 from pretrain.data.urls import folder_of, is_remote
@@ -42,13 +42,6 @@ TRIES = 3
 _OTHER_FORMAT = 4096
 """Bytes that the index of another version may have more: it is read to say so."""
 _MIB, _GIB = 2**20, 2**30
-
-
-class Key(NamedTuple):
-    """A block: samples [number * block_samples, (number + 1) * block_samples) of a shard."""
-
-    shard: int
-    number: int
 
 
 class _Held(Protocol):

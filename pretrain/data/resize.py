@@ -8,8 +8,6 @@ import torch
 
 from pretrain.data.box import Pixels
 
-__all__ = ["Pixels", "mirror", "resize"]
-
 _KERNELS = {
     "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
     "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,

@@ -200,7 +200,7 @@ def test_a_read_again_goes_past_the_page_cache(copied):
     descriptor = os.open(tar, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-    block = LocalReader(dataset, block_samples=10)._open_block(read._Key(0, 0))
+    block = LocalReader(dataset, block_samples=10)._open_block(read.Key(0, 0))
     block.read(0, 10)
     assert cached_pages(tar) > 0
     block._drop_cached(0, tar.stat().st_size - 1)
