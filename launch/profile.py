@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from launch import plain
-from pretrain.config.load import MAX_BYTES, read_settings
+from pretrain.config.load import read_settings, read_text
 from pretrain.config.section import Positive, Section
 from pretrain.errors import ConfigError
 from pretrain.redact import redact_setting
@@ -234,10 +234,4 @@ def load(path_or_name: str, overrides: Sequence[str] = ()) -> Profile:
                 f"{TEMPLATES / 'profiles' / 'example.yaml'}"
             )
         path = shipped
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path}: a profile is at most {MAX_BYTES} bytes; is this the right file?")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the profile {path}: {error}") from None
-    return read_settings(Profile, text, str(path), overrides)
+    return read_settings(Profile, read_text(path, "profile"), str(path), overrides)

@@ -88,12 +88,7 @@ def stage_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    command.DEBUG,
-    is_flag=True,
-    expose_value=False,
-    help="Show the traceback of an error; may stand anywhere.",
-)
+@command.debug_option
 def slurm() -> None:
     """Run stages as jobs of Slurm, alone or as a chain."""
 

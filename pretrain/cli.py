@@ -66,12 +66,7 @@ class LazyGroup(click.Group):
     "accelerate launch --config_file launch/single_node.yaml -m pretrain.train CONFIG",
 )
 @click.version_option(__version__, prog_name="pretrain")
-@click.option(
-    command.DEBUG,
-    is_flag=True,
-    expose_value=False,
-    help="Show the traceback of an error; may stand anywhere.",
-)
+@command.debug_option
 def pretrain() -> None:
     """Pretrain Vision Transformers on WebDataset shards: plan, pack, evaluate, export."""
 

@@ -28,6 +28,11 @@ from pretrain.world import World
 DEBUG = "--debug"
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 
+debug_option = click.option(
+    DEBUG, is_flag=True, expose_value=False, help="Show the traceback of an error; may stand anywhere."
+)
+"""For the help of a group of commands: `run` takes it out before click sees it."""
+
 
 def run(command: click.Command, name: str) -> NoReturn:
     """Run `command` on the process's arguments and exit. `--debug` is taken out wherever it stands."""

@@ -126,14 +126,17 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
     Raises `ConfigError` with every mistake found, each with its line.
     """
-    path = Path(path)
+    return parse(read_text(Path(path), "config"), str(path), overrides)
+
+
+def read_text(path: Path, what: str) -> str:
+    """The text of a small settings file, which messages call a `what`; raises `ConfigError` where it cannot be had."""
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path}: a config is at most {MAX_BYTES} bytes; is this the right file?")
-        text = path.read_text(encoding="utf-8")
+            raise ConfigError(f"{path}: a {what} is at most {MAX_BYTES} bytes; is this the right file?")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the config {path}: {error}") from None
-    return parse(text, str(path), overrides)
+        raise ConfigError(f"cannot read the {what} {path}: {error}") from None
 
 
 def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Config:
