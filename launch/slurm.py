@@ -1,7 +1,7 @@
 """`python -m launch.slurm`: stages as jobs of Slurm. See docs/slurm.md."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -308,22 +308,29 @@ def _living_jobs(needs: Iterable[Path | None]) -> list[str]:
     return found
 
 
-def _submit(stages: Sequence[Prepared], after: int | str | None) -> None:
-    """Submit stages, each after the one before it; where one is refused none stays."""
-    chain = [stage.job.folder for stage in stages]
+@contextlib.contextmanager
+def _all_or_none(stages: Sequence[Prepared]) -> Iterator[list[int]]:
+    """Hold the folders of these jobs while the block submits them and lists their numbers; where it fails none stays."""
     jobs: list[int] = []
     with contextlib.ExitStack() as stack:
         for stage in stages:
             stack.enter_context(snapshot.claimed(stage.job))
         try:
-            for stage in stages:
-                path = snapshot.write(stage.job, stage.config, stage.script)
-                after = queue.submit(path, _environment(stage), after)
-                jobs.append(after)
-                snapshot.record(stage.job, after, chain)
+            yield jobs
         except BaseException:
             queue.cancel(jobs[::-1])
             raise
+
+
+def _submit(stages: Sequence[Prepared], after: int | str | None) -> None:
+    """Submit stages, each after the one before it; where one is refused none stays."""
+    chain = [stage.job.folder for stage in stages]
+    with _all_or_none(stages) as jobs:
+        for stage in stages:
+            path = snapshot.write(stage.job, stage.config, stage.script)
+            after = queue.submit(path, _environment(stage), after)
+            jobs.append(after)
+            snapshot.record(stage.job, after, chain)
     for stage, job in zip(stages, jobs, strict=True):
         click.echo(f"job {job}: {stage.job.name}, its log and snapshot are in {stage.job.folder}")
     click.echo(f"Watch it with  python -m launch.slurm status {stages[0].job.run_dir}")
@@ -343,31 +350,24 @@ def _submit_sweep(
     """
     folder = marking.job.folder
     chain = [*(member.job.folder for member in members), folder]
-    jobs: list[int] = []
-    with contextlib.ExitStack() as stack:
+    with _all_or_none([*members, marking]) as jobs:
         for stage in (*members, marking):
-            stack.enter_context(snapshot.claimed(stage.job))
-        try:
-            for stage in (*members, marking):
-                snapshot.write(stage.job, stage.config, stage.script)
-            sweep.write(marking.job.run_dir, found)
-            replace_file(folder / ARRAY, array)
-            jobs.append(
-                queue.submit(
-                    folder / ARRAY,
-                    _environment(members[0]),
-                    ":".join(after) or None,
-                    "afterok" if len(after) == 1 else "afterany",
-                )
+            snapshot.write(stage.job, stage.config, stage.script)
+        sweep.write(marking.job.run_dir, found)
+        replace_file(folder / ARRAY, array)
+        jobs.append(
+            queue.submit(
+                folder / ARRAY,
+                _environment(members[0]),
+                ":".join(after) or None,
+                "afterok" if len(after) == 1 else "afterany",
             )
-            for task, member in enumerate(members):
-                snapshot.record(member.job, jobs[0], chain, task)
-            env = queue.environment(marking.profile.pass_env)
-            jobs.append(queue.submit(marking.job.folder / SCRIPT, env, jobs[0], "afterany"))
-            snapshot.record(marking.job, jobs[1], chain)
-        except BaseException:
-            queue.cancel(jobs[::-1])
-            raise
+        )
+        for task, member in enumerate(members):
+            snapshot.record(member.job, jobs[0], chain, task)
+        env = queue.environment(marking.profile.pass_env)
+        jobs.append(queue.submit(marking.job.folder / SCRIPT, env, jobs[0], "afterany"))
+        snapshot.record(marking.job, jobs[1], chain)
     for task, member in enumerate(members):
         click.echo(
             f"job {jobs[0]}_{task}: {member.job.name}, its log and snapshot are in {member.job.folder}"
