@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from moto.server import ThreadedMotoServer
+from patience import PATIENCE
 
 
 @contextlib.contextmanager
@@ -23,6 +24,8 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     }.items():
         monkeypatch.setenv(name, value)
     for method, path in (("POST", "/moto-api/reset"), ("PUT", "/bucket")):
-        urllib.request.urlopen(urllib.request.Request(endpoint + path, method=method), timeout=10).close()
+        urllib.request.urlopen(
+            urllib.request.Request(endpoint + path, method=method), timeout=PATIENCE
+        ).close()
     yield
     server.stop()

@@ -4,7 +4,7 @@ import os
 import signal
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Read by torch's and numpy's thread pools when they are first imported, here and in every process that a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,7 +13,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-settings.register_profile("pretrain", deadline=None)
+# The same examples every time, and however long it takes to draw them: what fails here fails everywhere.
+settings.register_profile(
+    "pretrain", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("pretrain")
 
 

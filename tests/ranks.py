@@ -5,15 +5,18 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
+from patience import PATIENCE
+from ports import free_port
+from torch.distributed import distributed_c10d
 
 from pretrain import command
 from pretrain.distributed import Ranks, joined
-from pretrain.distributed import _free_port as free_port
 from pretrain.train import train
 from pretrain.world import World
 
@@ -35,8 +38,8 @@ def on_ranks(
     world_size: int,
     function: Callable[..., Any],
     *args: Any,
-    timeout: float = 120,
-    collective: int = 60,
+    timeout: float = PATIENCE,
+    collective: int = PATIENCE,
     device: str = "cpu",
 ) -> list[Any]:
     """`function(ranks, *args)` on every rank; returns what each returned. `function` is a module's, not a local one.
@@ -85,6 +88,13 @@ def on_ranks(
     return [answers[rank][1] for rank in range(world_size)]
 
 
+def lose_patience(seconds: float) -> None:
+    """Called on a rank that is about to be left hanging: from here on its collectives raise after so long. What comes
+    before may take its time."""
+    for group in list(distributed_c10d._world.pg_map):
+        group.set_timeout(timedelta(seconds=seconds))
+
+
 def _run(
     end: Connection,
     world: World,
@@ -109,7 +119,7 @@ def launch(
     world_size: int,
     output: Path,
     *arguments: str,
-    timeout: float = 120,
+    timeout: float = PATIENCE,
     before: Callable[[int], None] | None = None,
 ) -> list[tuple[int, str]]:
     """`python -m pretrain.train *arguments` as a launcher starts it, on every rank: (exit code, what it said).
@@ -156,4 +166,4 @@ def _command(
     command.run(train, "python -m pretrain.train")
 
 
-__all__ = ["RankError", "Ranks", "free_port", "launch", "on_ranks"]
+__all__ = ["RankError", "Ranks", "launch", "lose_patience", "on_ranks"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from patience import PATIENCE, lives, wait_until
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
@@ -94,12 +95,15 @@ def test_a_contender_that_is_killed_is_told_from_one_that_failed(tmp_path):
     with Guard() as guard, _Process(OURS, setting, guard) as process:
         os.kill(process._process.pid, signal.SIGKILL)
         with pytest.raises((OSError, ValueError)) as failed:
-            process.take_turn(60)
+            process.take_turn(PATIENCE)
         assert "killed by SIGKILL" in process.what_ended(failed.value)
 
 
-def living(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+def is_stopped(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_STOPPED)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_no_contender_outlives_a_benchmark_that_is_killed(shards):
@@ -124,13 +128,12 @@ def test_no_contender_outlives_a_benchmark_that_is_killed(shards):
         here = psutil.Process(running.pid)
         while running.poll() is None:
             below = here.children(recursive=True)
-            if len(below) >= 4 and any(one.status() == psutil.STATUS_STOPPED for one in below):
+            if len(below) >= 4 and any(map(is_stopped, below)):
                 break  # the guard, two contenders, and what one of them has started
             time.sleep(0.05)
         running.kill()
     assert len(below) >= 4
-    psutil.wait_procs(below, timeout=60)
-    assert living(below) == []
+    wait_until(lambda: not any(map(lives, below)))
 
 
 def test_wrong_use_is_refused_before_anything_starts(shards):

@@ -2,12 +2,12 @@
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 import pytest
+from patience import PATIENCE
 
 from launch.slurm import slurm
 from pretrain import command, hardware
@@ -17,10 +17,13 @@ from pretrain.errors import CheckpointError, ConfigError
 from pretrain.world import World
 
 ROOT = Path(__file__).parents[1]
+MOST_MODULES = 500
+"""What a fifth of a second imports is less; most of the heavy ones alone are more."""
 HEAVY = ("torch", "deepspeed", "mlflow", "webdataset", "accelerate", "pandas")
 
 IMPORTS = f"""
 import atexit, runpy, sys
+atexit.register(lambda: print(len(sys.modules)))
 atexit.register(lambda: print("heavy:", *[name for name in {HEAVY!r} if name in sys.modules]))
 module, *sys.argv[1:] = sys.argv[1:]
 runpy.run_module(module, run_name="__main__", alter_sys=False)
@@ -48,24 +51,23 @@ MODULES = [("pretrain", *words) for words in commands(pretrain)] + [
 
 @pytest.mark.parametrize("words", MODULES, ids=" ".join)
 def test_help_comes_at_once_and_without_heavy_imports(words: tuple[str, ...]) -> None:
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", IMPORTS, *words, "--help"],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
-    seconds = time.perf_counter() - start
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Usage: ")
-    assert done.stdout.splitlines()[-1].split() == ["heavy:"]
-    assert seconds < 2.5, "0.2 s on an idle machine; a heavy import takes more than this"
+    *_, heavy, count = done.stdout.splitlines()
+    assert heavy.split() == ["heavy:"]
+    assert int(count) < MOST_MODULES
 
 
 def test_the_group_lists_every_command_by_its_line_and_imports_none() -> None:
     code = "import sys; from pretrain.cli import main; sys.argv[1:] = ['--help']\ntry: main()\nfinally: print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     table, _, modules = done.stdout.partition("Commands:")[2].rpartition("\n\n")
     for name, lazy in COMMANDS.items():
         assert name in table
@@ -148,12 +150,12 @@ def test_a_mistake_in_a_config_ends_a_command_before_anything_heavy_is_imported(
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE,
         )
         assert done.returncode == 2
         assert "mistakes in the configuration" in done.stderr
         assert "Traceback" not in done.stderr
-        assert done.stdout.split() == ["heavy:"]
+        assert done.stdout.splitlines()[0].split() == ["heavy:"]
 
 
 def test_the_processor_is_named_and_its_bf16_units_are_seen() -> None:

@@ -83,9 +83,9 @@ def test_ten_mistakes_are_reported_at_once_each_with_its_line_and_what_would_be_
 
 
 def test_the_error_comes_at_once() -> None:
-    start = time.perf_counter()
+    start = time.thread_time()  # of the processor: what else the machine does is nothing to it
     mistakes(TEN_MISTAKES)
-    assert time.perf_counter() - start < 1
+    assert time.thread_time() - start < 1
 
 
 @pytest.mark.parametrize(

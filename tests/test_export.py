@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -305,7 +304,6 @@ def test_help_is_there_without_torch() -> None:
         "export.main(['--help'], standalone_mode=False); "
         "assert not {'torch', 'pydantic', 'timm'} & set(sys.modules)"
     )
-    start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -315,7 +313,6 @@ def test_help_is_there_without_torch() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "--format [safetensors|timm|transformers|bigvision|onnx|mlflow]" in done.stdout
-    assert time.monotonic() - start < 5
 
 
 @pytest.fixture(scope="module")

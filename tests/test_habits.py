@@ -13,6 +13,7 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from click.testing import CliRunner
+from patience import PATIENCE
 
 from launch.best import best
 from launch.mlflow_server import mlflow_server
@@ -212,7 +213,9 @@ def test_an_old_or_a_missing_table_of_settings_is_noticed_and_an_old_one_mended(
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    return subprocess.run(["make", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        ["make", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE
+    )
 
 
 def test_make_alone_lists_every_command() -> None:
@@ -251,7 +254,7 @@ def test_an_old_python_and_one_without_venv_are_told_what_to_install(tmp_path: P
 
 def test_ci_runs_the_commands_that_people_type() -> None:
     script = ROOT / ".ci" / "run"
-    assert subprocess.run(["bash", "-n", str(script)], timeout=10).returncode == 0
+    assert subprocess.run(["bash", "-n", str(script)], timeout=PATIENCE).returncode == 0
     lines = script.read_text().splitlines()
     assert "set -euo pipefail" in lines
     assert [line for line in lines if line.startswith("make ")] == ["make lint", "make test"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE
 
 from pretrain.distributed import device_of, shared
 from pretrain.errors import ConfigError
@@ -121,7 +122,7 @@ def launch(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
         env=env | {"PYTHONPATH": str(folder), "HF_HOME": str(folder), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from buckets import s3_server
 from engines import config, losses_of, make_engine, weights
+from patience import PATIENCE
 from pydantic import ValidationError
 from ranks import RankError, Ranks, _context, on_ranks
 from saves import save
@@ -23,7 +24,7 @@ from pretrain.checkpoint.place import MirrorError, Place
 from pretrain.checkpoint.save import prune, remove_later
 from pretrain.config import CheckpointConfig
 
-WAIT = 60.0
+WAIT = float(PATIENCE)
 NAMES = [f"step_{step:08d}" for step in range(9)]
 
 

@@ -33,7 +33,7 @@ def eager_and_compiled(
 
 def test_compiled_blocks_train_as_eager_ones_do(tmp_path: Path) -> None:
     """Dropout and drop path included, one of the two blocks recomputed."""
-    eager, compiled = on_ranks(1, eager_and_compiled, tmp_path, CHANCE, 1, 2, timeout=240)[0]
+    eager, compiled = on_ranks(1, eager_and_compiled, tmp_path, CHANCE, 1, 2)[0]
     assert compiled == pytest.approx(eager, abs=1e-5)
 
 
@@ -41,7 +41,7 @@ def test_compiled_blocks_train_as_eager_ones_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("model", MODELS)
 def test_every_position_and_stage_compiles(model: str, stage: int, tmp_path: Path) -> None:
-    eager, compiled = on_ranks(1, eager_and_compiled, tmp_path, MODELS[model], stage, 1, timeout=300)[0]
+    eager, compiled = on_ranks(1, eager_and_compiled, tmp_path, MODELS[model], stage, 1)[0]
     assert compiled == pytest.approx(eager, abs=1e-5)
 
 

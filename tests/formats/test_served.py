@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE
 from peers import WIDE, model, photographs, random_weights, write
+from ports import free_port
 
 from pretrain.model import build
 
@@ -23,9 +24,7 @@ CONFIG = model(global_pool="map", **WIDE)
 @pytest.fixture
 def address(tmp_path: Path) -> Iterator[str]:
     folder = write(tmp_path / "model", "mlflow", CONFIG).path
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(folder), "--env-manager", "local"]
     quiet = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -35,7 +34,7 @@ def address(tmp_path: Path) -> Iterator[str]:
             stdout=log, stderr=log, start_new_session=True, env={**os.environ, **quiet, "PATH": path},
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while not answers(f"http://127.0.0.1:{port}/ping"):
             assert server.poll() is None, (tmp_path / "server.log").read_text()
             assert time.monotonic() < deadline, (tmp_path / "server.log").read_text()
@@ -48,7 +47,7 @@ def address(tmp_path: Path) -> Iterator[str]:
 
 def answers(address: str) -> bool:
     try:
-        with urllib.request.urlopen(address, timeout=5) as answer:
+        with urllib.request.urlopen(address, timeout=30) as answer:
             return bool(answer.status == 200)
     except OSError:
         return False
@@ -59,7 +58,7 @@ def test_a_served_model_answers_with_the_trained_model_s_logits(address: str) ->
         images = photographs(CONFIG, count)
         body = json.dumps({"inputs": images.tolist()}).encode()
         request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             got = torch.tensor(json.load(answer)["predictions"])
         with torch.no_grad():
             torch.testing.assert_close(
@@ -68,6 +67,6 @@ def test_a_served_model_answers_with_the_trained_model_s_logits(address: str) ->
     wrong = json.dumps({"inputs": [[[1]]]}).encode()
     with pytest.raises(urllib.request.HTTPError) as caught:
         urllib.request.urlopen(
-            urllib.request.Request(address, wrong, {"Content-Type": "application/json"}), timeout=60
+            urllib.request.Request(address, wrong, {"Content-Type": "application/json"}), timeout=PATIENCE
         )
     assert caught.value.code == 400

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from patience import PATIENCE, deliver_the_rest
 
 from pretrain.config import Config, load
 from pretrain.errors import ConfigError, UserError
@@ -102,7 +103,7 @@ def run_studies(folder: Path, shards: Path) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=PATIENCE,
     )
 
 
@@ -113,6 +114,7 @@ def test_a_study_trains_shows_its_table_tracks_its_runs_and_goes_on_where_it_sto
     assert first.returncode == 0, first.stderr
     assert "runs trained: 2" in first.stdout
     assert "one seed, so nothing here can be told from noise" in first.stdout
+    deliver_the_rest(tmp_path / "runs")
     with sqlite3.connect(tmp_path / "runs" / "mlflow.db") as store:
         names = {name for (name,) in store.execute("select name from runs")}
     assert "studies-smoke-order" in names  # the parent of the study

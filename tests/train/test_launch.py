@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE, deliver_the_rest
 from test_bad_input import write
-from test_resume import TOTAL, config
+from test_resume import config
 
 from pretrain.checkpoint import checkpoints
 from pretrain.config import load
@@ -46,7 +47,7 @@ def status(run: Path) -> dict[str, object]:
 
 
 def wait_for_step(run: Path, step: int, process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
         if any(int(folder.name.removeprefix("step_")) >= step for folder in checkpoints(run)):
             return
@@ -64,7 +65,7 @@ def test_launchers_leave_a_stopped_run_the_time_to_save_and_plain_python_finishe
         with subprocess.Popen([*launcher, path], stderr=subprocess.PIPE, text=True) as process:
             wait_for_step(tmp_path / "run", saved + 4, process)
             process.send_signal(number)
-            assert process.wait(60) != 0  # not finished: nothing may be exported behind an `&&`
+            assert process.wait(PATIENCE) != 0  # not finished: nothing may be exported behind an `&&`
         stopped = status(tmp_path / "run")
         assert stopped["status"] == "interrupted"
         assert isinstance(stopped["step"], int)
@@ -80,31 +81,44 @@ def test_launchers_leave_a_stopped_run_the_time_to_save_and_plain_python_finishe
 
 
 def test_plain_python_stopped_by_ctrl_c_exits_75_and_goes_on(digits: Path, tmp_path: Path) -> None:
-    path = write(config(tmp_path / "run", digits, checkpoint={"every_steps": 1, "keep": 50}), tmp_path)
+    long = config(tmp_path / "run", digits, checkpoint={"every_steps": 1}, train={"total_steps": 5000})
+    path = write(long, tmp_path)
     with subprocess.Popen([*TRAIN, path], stderr=subprocess.PIPE, text=True) as process:
         wait_for_step(tmp_path / "run", 2, process)
         process.send_signal(signal.SIGINT)
-        _, words = process.communicate(timeout=60)
+        _, words = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, words
     assert "the same command goes on from there" in words
-    assert subprocess.run([*TRAIN, path], capture_output=True).returncode == 0
-    assert status(tmp_path / "run")["step"] == TOTAL
+    saved = status(tmp_path / "run")["step"]
+    assert isinstance(saved, int)
+    shorter = [*TRAIN, path, f"train.total_steps={saved + 2}"]
+    assert subprocess.run(shorter, capture_output=True).returncode == 0
+    assert status(tmp_path / "run")["step"] == saved + 2
+
+
+SIGNALLED = """
+import os, runpy, signal, sys
+
+class Signalled:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+sys.meta_path.insert(0, Signalled())
+runpy.run_module("pretrain.train", run_name="__main__", alter_sys=True)
+"""
+"""`python -m pretrain.train`, which gets a signal while it imports torch."""
 
 
 def test_a_signal_during_the_imports_is_not_lost_and_our_batch_script_hears_0(
     digits: Path, tmp_path: Path
 ) -> None:
     path = write(config(tmp_path / "run", digits), tmp_path)
-    log = tmp_path / "run" / "logs" / "rank_0.log"
-    environment = os.environ | {UNDER_BATCH_SCRIPT: "1"}
-    with subprocess.Popen([*TRAIN, path], env=environment, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        while not log.exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.1)  # torch alone takes seconds from here
-        process.send_signal(signal.SIGUSR1)
-        _, words = process.communicate(timeout=120)
-    assert process.returncode == 0, words
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, path], env=os.environ | {UNDER_BATCH_SCRIPT: "1"}, capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     stopped = status(tmp_path / "run")
     assert stopped["status"] == "interrupted"
     assert stopped["step"] in range(1, 4)
@@ -172,7 +186,7 @@ def test_ctrl_c_in_the_demo_leaves_the_training_the_time_to_save(tmp_path: Path)
     assert demo.stdout is not None
     assert demo.stdout.readline() == b"1\n"
     os.killpg(demo.pid, signal.SIGINT)
-    _, words = demo.communicate(timeout=60)
+    _, words = demo.communicate(timeout=PATIENCE)
     assert (tmp_path / "saved").is_file()
     assert b"KeyboardInterrupt" in words
 
@@ -193,4 +207,5 @@ def test_the_demo_in_its_smoke_mode(tmp_path: Path) -> None:
     assert "right after the resize" in done.stderr
     assert status(tmp_path / "runs/demo-smoke/finetune")["first_scores"]
     assert (tmp_path / "runs/demo-smoke/finetune/export/safetensors/config.json").is_file()
+    deliver_the_rest(tmp_path / "runs")
     assert (tmp_path / "runs/mlflow.db").is_file()

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,14 +14,14 @@ import pytest
 import tiny
 import torch
 from engines import losses_of, make_engine
-from ranks import RankError, Ranks, on_ranks
+from patience import wait_until
+from ranks import RankError, Ranks, lose_patience, on_ranks
 from test_resume import config, train
 
 from launch.progress import Stage
 from pretrain.checkpoint import checkpoints, layout
 from pretrain.config import Config
 from pretrain.config.idle import idle_settings
-from pretrain.data.fill import Filler
 from pretrain.engine import Engine
 from pretrain.engine.replicas import checksums
 from pretrain.errors import PeerError, ReplicaError
@@ -32,33 +33,47 @@ from pretrain.stop import StopFlag
 from pretrain.trainer import Trainer
 
 TIMEOUT = 5
+"""The least that there is of engine.timeout_seconds: stacks are written after four fifths of it without a sign of life."""
+GIVES_UP = 10
 
 
-class SleepsAt(StopFlag):
-    """Hangs, long enough for the others to give up, when it is asked the fifth time."""
+class HangsAt(StopFlag):
+    """Rank 1 hangs when it is asked the fifth time, until rank 0 has given up."""
 
-    asked = 0
+    def __init__(self, ranks: Ranks, run: Path) -> None:
+        super().__init__()
+        self.asked, self.hang = 0, hanging(ranks, run)
 
     def __bool__(self) -> bool:
         self.asked += 1
         if self.asked == 5:
-            time.sleep(1.6 * TIMEOUT)
+            self.hang()
         return False
 
 
-def sleeps(*_: object) -> None:
-    time.sleep(1.6 * TIMEOUT)
+def hanging(ranks: Ranks, run: Path) -> Callable[[], None]:
+    def sleeps() -> None:
+        wait_until((run / "gave_up").exists)
+
+    return sleeps if ranks.rank == 1 else lambda: lose_patience(GIVES_UP)
 
 
 def hang(ranks: Ranks, cfg: Config, at_the_start: bool) -> str:
     """Rank 1 hangs, at the start or in the fifth step; what the others get."""
     run = Path(cfg.run.dir)
     (run / "logs").mkdir(parents=True, exist_ok=True)
-    flag = SleepsAt() if ranks.rank == 1 and not at_the_start else StopFlag()
-    if ranks.rank == 1 and at_the_start:
-        Engine.write = sleeps  # type: ignore[method-assign, assignment]
+    flag = StopFlag() if at_the_start else HangsAt(ranks, run)
+    write = Engine.write
+
+    def hang_and_write(self: Engine, source: Any) -> None:
+        if at_the_start:
+            hanging(ranks, run)()
+        write(self, source)
+
+    Engine.write = hang_and_write  # type: ignore[method-assign]
     with pytest.raises(RuntimeError) as caught, ExitStack() as afterwards:
         run_stage(cfg, ranks, run, run / "logs" / f"rank_{ranks.rank}.log", flag, afterwards)
+    (run / "gave_up").touch()
     return str(caught.value)
 
 
@@ -69,7 +84,7 @@ def test_a_hang_leaves_the_stacks_of_all_ranks_and_the_time_of_the_last_step(
         """Both wait, mostly."""
         run = tmp_path / f"run-{at_the_start}"
         cfg = config(run, digits, engine={"timeout_seconds": TIMEOUT}, data={"val": None})
-        words = on_ranks(2, hang, cfg, at_the_start, collective=TIMEOUT)
+        words = on_ranks(2, hang, cfg, at_the_start)
         assert "timeout" in words[0].lower().replace("timed out", "timeout")
         logs = [(run / "logs" / f"rank_{rank}.log").read_text() for rank in (0, 1)]
         for text in logs:
@@ -81,7 +96,7 @@ def test_a_hang_leaves_the_stacks_of_all_ranks_and_the_time_of_the_last_step(
         list(threads.map(hung, (False, True)))
     beat = json.loads((tmp_path / "run-False" / "heartbeat.json").read_text())
     assert beat["step"] >= 1
-    assert 0 < time.time() - beat["time"] < 120
+    assert 0 <= time.time() - beat["time"] < 3600
 
 
 def test_a_run_that_has_been_silent_for_long_is_shown_so() -> None:
@@ -121,14 +136,14 @@ def test_a_slow_rank_is_named_once_and_measured() -> None:
 
 
 def train_beside_a_slow_one(ranks: Ranks, cfg: Config) -> None:
-    if ranks.rank == 1:
-        fill = Filler.fill
+    """The loader of rank 1 says that it took an hour for each step: no hiccup of the other one is as long."""
+    go_on = Trainer._train_step
 
-        def slowly(self: Filler, *rows: Any) -> Any:
-            time.sleep(0.5)
-            return fill(self, *rows)
+    def late(self: Trainer, micro_batches: Any) -> None:
+        self.batches.wait_seconds += 3600 * ranks.rank
+        go_on(self, micro_batches)
 
-        Filler.fill = slowly  # type: ignore[method-assign]
+    Trainer._train_step = late  # type: ignore[method-assign]
     train(ranks, cfg)
 
 
