@@ -57,17 +57,27 @@ def _train(place: world.World, path: Path, overrides: tuple[str, ...], allow_cha
         try:
             run_dir.check_resumable(directory, config, allow_change)
             return _join_and_train(place, config, directory, log_file, allow_change, flag, afterwards)
-        except PeerError:
-            raise
-        except (UserError, OSError) as error:
-            run_dir.record_failure(directory, place.rank, error, str(error))
-            raise error if isinstance(error, UserError) else UserError(str(error)) from error
         except Exception as error:
-            if isinstance(error, RuntimeError) and place.size > 1 and _LOST_PEER.search(str(error)):
+            _leave_words(directory, place, error)
+            if isinstance(error, OSError):
+                raise UserError(str(error)) from error
+            if isinstance(error, RuntimeError) and _is_of_a_lost_peer(place, error):
                 logs.to_file_only(log_file, error)
                 raise PeerError(f"{_words_of_culprit(directory, place)}\n  {_first_line(error)}") from error
-            run_dir.record_failure(directory, place.rank, error, f"{type(error).__name__}: {error}")
             raise
+
+
+def _is_of_a_lost_peer(place: world.World, error: Exception) -> bool:
+    lost = isinstance(error, RuntimeError) and place.size > 1 and _LOST_PEER.search(str(error)) is not None
+    return lost or isinstance(error, PeerError)
+
+
+def _leave_words(directory: Path, place: world.World, error: Exception) -> None:
+    """What this rank failed of, where the others look for it; nothing where it is another one that failed."""
+    if not _is_of_a_lost_peer(place, error):
+        is_plain = isinstance(error, UserError | OSError)
+        words = str(error) if is_plain else f"{type(error).__name__}: {error}"
+        run_dir.record_failure(directory, place.rank, error, words)
 
 
 def _join_and_train(
@@ -90,7 +100,11 @@ def _join_and_train(
         logs.quiet_stdout(log_file),
         joined(place, device_of(place), config.engine.timeout_seconds) as ranks,
     ):
-        outcome = run_stage(config, ranks, directory, log_file, flag, afterwards, allow_change)
+        try:
+            outcome = run_stage(config, ranks, directory, log_file, flag, afterwards, allow_change)
+        except Exception as error:
+            _leave_words(directory, place, error)  # here: once this rank has left, the others look for them
+            raise
     return 0 if outcome.status == "finished" or UNDER_BATCH_SCRIPT in os.environ else INTERRUPTED
 
 

@@ -3,9 +3,12 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from ranks import launch
 from test_resume import config
 
@@ -25,9 +28,15 @@ def write(cfg: Config, folder: Path) -> str:
     return str(path)
 
 
-def fails(world_size: int, folder: Path, *arguments: str, code: int | None) -> str:
+def fails(
+    world_size: int,
+    folder: Path,
+    *arguments: str,
+    code: int | None,
+    before: Callable[[int], None] | None = None,
+) -> str:
     """Launch, see that every rank exits non-zero and only rank 0 speaks; returns rank 0's words."""
-    (main, words), *others = launch(world_size, folder, *arguments)
+    (main, words), *others = launch(world_size, folder, *arguments, before=before)
     assert main != 0 if code is None else main == code, words
     assert "Traceback" not in words
     for exit_code, text in others:
@@ -60,11 +69,25 @@ def test_ten_mistakes_are_named_at_once(tmp_path: Path) -> None:
     assert "did you mean seed?" in error
 
 
+def note_what_is_there_when_it_leaves(run: Path, rank: int) -> None:
+    """When a rank leaves the others, they begin to look for its words."""
+    leave = dist.destroy_process_group
+
+    def noted() -> None:
+        (run / f"left_{rank}").write_text(f"{(run / 'logs' / f'rank_{rank}.failure').is_file()}")
+        leave()
+
+    dist.destroy_process_group = noted
+
+
 def test_missing_shard(shards: Path, tmp_path: Path) -> None:
     (shards / "train" / "train-000001.tar").unlink()
-    error = fails(2, tmp_path, write(config(tmp_path / "run", shards), tmp_path), code=3)
+    run = tmp_path / "run"
+    noted = partial(note_what_is_there_when_it_leaves, run)
+    error = fails(2, tmp_path, write(config(run, shards), tmp_path), code=3, before=noted)
     assert "train-000001.tar" in error
     assert "pretrain shards index" in error
+    assert (run / "left_0").read_text() == "True"
 
 
 def test_index_of_another_tar(shards: Path, tmp_path: Path) -> None:
