@@ -12,6 +12,7 @@ number of ranks.
 
 import argparse
 import multiprocessing
+import socket
 import tempfile
 import time
 from dataclasses import dataclass
@@ -29,7 +30,6 @@ from pretrain.checkpoint.save import Content, Saver
 from pretrain.config import Config, resolve
 from pretrain.config.plan import DataFacts
 from pretrain.distributed import Ranks, joined
-from pretrain.distributed import _free_port as free_port
 from pretrain.engine import Engine
 from pretrain.hardware import detect
 from pretrain.model import InitialWeights
@@ -88,10 +88,16 @@ def _cells(ranks: list[Costs]) -> list[str]:
     ]
 
 
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def _measure(size: str, world: int, stage: int) -> list[Costs]:
     """Fresh processes: what another row left in an allocator would not be counted."""
     context = multiprocessing.get_context("spawn")
-    port = free_port()
+    port = _free_port()
     ends: list[Connection] = []
     with tempfile.TemporaryDirectory() as folder:
         for rank in range(world):

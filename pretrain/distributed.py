@@ -6,7 +6,6 @@ collective is the same on all ranks and no agreement waits for the device.
 """
 
 import contextlib
-import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -109,9 +108,12 @@ def joined(world: World, device: torch.device, timeout_seconds: int) -> Iterator
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # who meets nobody needs no port
+    alone = dist.HashStore() if world.size == 1 else None  # type: ignore[attr-defined]
     dist.init_process_group(
         backend,
-        init_method=f"tcp://{world.master_addr}:{world.master_port or _free_port()}",
+        init_method=None if alone is not None else f"tcp://{world.master_addr}:{world.master_port}",
+        store=alone,
         rank=world.rank,
         world_size=world.size,
         timeout=timeout,
@@ -235,10 +237,3 @@ class StepExchange:
         step, facts, work = self._summed.popleft()
         work.wait()
         return StepFacts(step, *facts.tolist())
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
