@@ -60,7 +60,16 @@ def train_job(
         run_dir=run_dir,
         cwd=cwd,
         commands=((*python, "-m", "pretrain.train", snapshot),),
-        preflight=(*python, "-m", "launch.preflight", snapshot) if profile.preflight else (),
+        preflight=(
+            *python,
+            "-m",
+            "launch.preflight",
+            "--seconds",
+            str(30 * profile.preflight_minutes),
+            snapshot,
+        )
+        if profile.preflight_minutes
+        else (),
         needs=needs,
     )
 

@@ -1,7 +1,8 @@
 """`python -m launch.preflight CONFIG`: every rank sees what it will need, or the job ends with the culprit's name.
 
-Started as the training will be, by the same launcher on the same nodes, and done in less than a minute: the run
-directory, the shards, the device, then a sum over all ranks through the network that training uses.
+Started as the training will be, by the same launcher on the same nodes, and ended after a minute, or after the profile's
+`preflight_minutes`: the run directory, the shards, the device, then a sum over all ranks through the network that training
+uses.
 """
 
 import contextlib

@@ -142,7 +142,11 @@ class Profile(Section):
     pass_env: tuple[VariableName, ...] = Field(
         (), description="variables, secrets too, taken from whoever submits; never written down by us"
     )
-    preflight: bool = Field(True, description="before training, every rank looks at what it needs")
+    preflight_minutes: Annotated[int, Field(ge=0, le=60)] = Field(
+        1,
+        description="before training, every rank looks at what it needs, within so long: more where the file system takes "
+        "Python longer to import; 0: not at all",
+    )
     retry: Retry = Retry()
 
     @field_validator("sbatch", "srun")
@@ -215,7 +219,7 @@ class Profile(Section):
                 "gpus_per_node": min(1, self.gpus_per_node),
                 "exclusive": False,
                 "mem": None,
-                "preflight": False,
+                "preflight_minutes": 0,
             }
         )
 

@@ -99,7 +99,11 @@ def _settings(job: Job, profile: Profile) -> Iterator[str]:
     yield f"srun_options=({plain.words(_srun_options(profile))})"
     yield f"judge=({plain.words(_judge(job, profile))})"
     yield "preflight() {"
-    yield f"  step --time=1 {plain.words(job.preflight)}" if job.preflight else "  true"
+    yield (
+        f"  step --time={profile.preflight_minutes} {plain.words(job.preflight)}"
+        if job.preflight
+        else "  true"
+    )
     yield "}"
     yield "work() {"
     for command in job.commands:

@@ -101,7 +101,7 @@ class Stage:
         site = Profile.model_validate(
             {
                 "time": 10,
-                "preflight": False,
+                "preflight_minutes": 0,
                 "python": sys.executable,
                 "ranks_per_node": 2,
                 "exclude": ("node9",),

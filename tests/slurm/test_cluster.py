@@ -59,7 +59,7 @@ class Site:
                     "nodes": 2,
                     "time": 10,
                     "signal_seconds": 60,
-                    "preflight": False,
+                    "preflight_minutes": 0,
                     "python": str(self.python),
                     "env": {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": 1}
                     | (env or {}),
@@ -124,7 +124,11 @@ def chain_ok(site: Site) -> None:
         train={"total_steps": 2, "eval_every_steps": 2},
     )
     jobs = site.submit(
-        "chain", site.write(first), site.write(second), "--profile", site.profile("chain", preflight=True)
+        "chain",
+        site.write(first),
+        site.write(second),
+        "--profile",
+        site.profile("chain", preflight_minutes=10),
     )
     for job in jobs:
         assert site.ends(job)["Restarts"] == "0"

@@ -37,7 +37,7 @@ TAKEN = TEXT.map(lambda text: "".join(filter(acceptable, text)) or "x")
 
 
 def profile(**values: Any) -> Profile:
-    return Profile.model_validate({"time": 10, "python": "python", "preflight": False} | values)
+    return Profile.model_validate({"time": 10, "python": "python", "preflight_minutes": 0} | values)
 
 
 def job(run_dir: str = "/runs/one", **values: Any) -> Job:
@@ -82,6 +82,7 @@ def rendered(folder: Path, text: dict[str, str]) -> str:
         },
         python=text["python"],
         setup=str(setup),
+        preflight_minutes=2,
     )  # fmt: skip
     inside = site.container.python if site.container else ""
     return render(
@@ -144,7 +145,7 @@ def test_every_word_arrives_as_it_was_and_nothing_else_runs(
             assert said[said.index("--run") + 1] == str(Path("/" + text["run"]))
             assert said[said.index("--needs") + 1] == str(Path("/", text["needs"]))
         container = [f"--container-image={text['image']}", f"--container-mounts=/{text['mount']}:/x"]
-        assert look[-6:] == [*container, "--time=1", text["inside"], "look", text["argument"]]
+        assert look[-6:] == [*container, "--time=2", text["inside"], "look", text["argument"]]
         assert train[-5:] == [*container, text["inside"], "train", text["argument"]]
         assert (folder / "OF_MINE").read_bytes().decode() == text["variable"]
         assert (folder / "PYTHONPATH").read_bytes().decode() == str(Path("/", text["code"]))
