@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
@@ -141,6 +142,7 @@ def held_back(*signals: signal.Signals) -> Iterator[None]:
 
     A child that ignores them by itself does so only after its imports; here a signal in between would end it.
     """
+    resource_tracker.ensure_running()  # started with the first process it would let SIGINT and SIGTERM through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import psutil
@@ -259,6 +260,18 @@ def test_a_bug_in_a_worker_keeps_its_traceback():
         list(pool.run(bug, range(4), 2))
     assert "in a worker process:\nTraceback" in raised.value.__notes__[0]
     assert "in bug" in raised.value.__notes__[0]
+
+
+def test_the_first_process_is_deaf_from_birth_too(monkeypatch):
+    """With the first one multiprocessing starts its tracker, which takes the hold on SIGINT and SIGTERM away."""
+    tracker = resource_tracker._resource_tracker
+    monkeypatch.setattr(tracker, "_fd", None)  # as where none was started yet
+    monkeypatch.setattr(tracker, "_pid", None)
+    with pool.held_back(signal.SIGINT, signal.SIGTERM):
+        resource_tracker.ensure_running()  # what the start of a process begins with
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) >= {signal.SIGINT, signal.SIGTERM}
+    os.close(tracker._fd)
+    os.waitpid(tracker._pid, 0)
 
 
 def test_workers_end_when_nobody_listens_any_more():
