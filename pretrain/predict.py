@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from pretrain.errors import BadSampleError, CheckpointError, DataError, ExportError
+from pretrain.redact import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,7 +78,7 @@ def predict(export: Path, images: tuple[Path, ...], top: int, batch: int, as_jso
     click.echo(_as_json(pictures, names) if as_json else _as_table(pictures, names))
     bad = [picture for picture in pictures if picture.problem]
     for picture in bad:
-        click.echo(_printable(f"not classified: {picture.path}: {picture.problem}"), err=True)
+        click.echo(printable(f"not classified: {picture.path}: {picture.problem}"), err=True)
     if bad:
         raise DataError(f"{len(bad)} of {len(pictures)} images could not be read")
 
@@ -192,10 +193,5 @@ def _as_table(pictures: list[Picture], names: tuple[str, ...] | None) -> str:
     for picture in pictures:
         if not picture.problem:
             words = [f"{names[number] if names else number} {share:.1%}" for number, share in picture.top]
-            lines.append(_printable(f"{picture.path}: {', '.join(words)}"))
+            lines.append(printable(f"{picture.path}: {', '.join(words)}"))
     return "\n".join(lines)
-
-
-def _printable(text: str) -> str:
-    """For a terminal: names of files and classes may hold its commands, or what is no text."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

@@ -58,6 +58,11 @@ def redact_text(text: str) -> str:
     return text
 
 
+def printable(text: str) -> str:
+    """For a terminal: names of files, classes and samples may hold its commands, or what is no text."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
 def redact_setting(name: str, value: str) -> str:
     """The value of a setting, hidden whole where its name says that it is a secret."""
     if _SECRET_NAME.search(name) and value not in ("", "None"):

@@ -116,6 +116,13 @@ def open_dataset(source: str, timeout_seconds: float = TIMEOUT_SECONDS) -> Datas
     On a cluster one process opens and the others are told: to look at every shard is cheap once, not 4,096 times.
     """
     check_source(source)
+    try:
+        return _open(source, timeout_seconds)
+    except OSError as error:  # a folder that this user may not enter
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
+
+def _open(source: str, timeout_seconds: float) -> Dataset:
     stores = Stores(timeout_seconds)
     whole = Path(source).is_dir() or not source.strip().endswith(".tar")
     if whole:

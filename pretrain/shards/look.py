@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pretrain.redact import printable
 from pretrain.shards import options
 from pretrain.shards.bars import bar, counter
 
@@ -123,7 +124,7 @@ def _show_problems(folder: Path, report: Report, fast: bool) -> None:
     size = f"{report.shards:,} shards, {report.bytes / _MIB:,.1f} MiB"
     what = "sizes and hashes only" if fast else f"{report.samples:,} samples decoded"
     if report.ignored:
-        others = ", ".join(f"{suffix} ({count:,})" for suffix, count in report.ignored.most_common(5))
+        others = ", ".join(f"{printable(suffix)} ({n:,})" for suffix, n in report.ignored.most_common(5))
         click.echo(f"members that training does not look at: {others}")
     if not report.problems:
         click.echo(f"{folder}: {size}: all is well ({what})")
@@ -144,10 +145,10 @@ def _show_problems(folder: Path, report: Report, fast: bool) -> None:
 
 
 def _plain(text: str) -> str:
-    """Text from a shard for a terminal: no control characters, and nothing that rich would take for markup."""
+    """Text from a shard for a table: nothing that rich would take for markup either."""
     from rich.markup import escape
 
-    return escape("".join(c if c.isprintable() else "?" for c in text))
+    return escape(printable(text))
 
 
 def _classes(found: Stats) -> Table:

@@ -139,15 +139,21 @@ def index(source: str, verify: bool, out: Path | None, workers: int | None) -> N
     if out is not None:
         raise click.UsageError("--out is about tars in a store; in a folder the indexes lie beside the tars")
     from pretrain.data.scan import index_folder, known_class_names
+    from pretrain.errors import DataError
 
     folder = Path(source)
-    tars = list(folder.glob("*.tar"))
+    try:
+        tars = list(folder.glob("*.tar"))
+        num_bytes = sum(tar.stat().st_size for tar in tars if tar.is_file())
+        class_names = known_class_names(folder)
+    except OSError as error:  # a folder that this user may not enter
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
     with bar(len(tars), "shards", "indexing") as shown:
         manifest = index_folder(
             folder,
-            known_class_names(folder),
+            class_names,
             on_shard=lambda _: shown.update(),
-            workers=options.chosen(workers, 0, sum(tar.stat().st_size for tar in tars if tar.is_file())),
+            workers=options.chosen(workers, 0, num_bytes),
             verify=verify,
         )
     _report(str(folder), manifest)

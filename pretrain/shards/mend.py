@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from pretrain.redact import printable
 from pretrain.shards import options
 from pretrain.shards.bars import bar
 
@@ -36,9 +37,10 @@ def repair(folder: Path, out: Path, reports: tuple[Path, ...], workers: int | No
             folder, out, reports, workers=options.chosen(workers, 0, before.bytes), on_shard=shown.update
         )
     for note in done.notes:
-        click.echo(f"about a shard as a whole, so nothing was left out for it: {note}")
+        click.echo(printable(f"about a shard as a whole, so nothing was left out for it: {note}"))
     for dropped in done.dropped[:_SHOWN]:
-        click.echo(f"left out: {dropped.shard}, sample {dropped.sample} ({dropped.key}): {dropped.reason}")
+        words = f"left out: {dropped.shard}, sample {dropped.sample} ({dropped.key}): {dropped.reason}"
+        click.echo(printable(words))
     if len(done.dropped) > _SHOWN:
         click.echo(f"... and {len(done.dropped) - _SHOWN:,} more")
     for name in done.emptied:

@@ -1,10 +1,26 @@
 """Options that several commands have, and what one of them means."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import click
 
-PATH = click.Path(path_type=Path)
+
+class _LocalPath(click.Path):
+    """A URL would be taken for a folder `s3:` here."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        if "://" in str(value):
+            self.fail(
+                f"{value!a} is a URL; this command works on files: copy them from or to the store", param, ctx
+            )
+        return super().convert(value, param, ctx)
+
+
+PATH = _LocalPath(path_type=Path)
 
 workers = click.option(
     "--workers",

@@ -1,5 +1,6 @@
 """Data sets in a store: the samples of the local ones, about one request a block, one download a node."""
 
+import errno
 import fcntl
 import os
 import select
@@ -643,6 +644,12 @@ def test_a_failed_download_frees_its_room_and_is_tried_again(tmp_path):
         with pytest.raises(DataError, match="no"):
             cache.piece(key(1), 1000, fails)
     assert used(tmp_path) == taken(tmp_path) == 0
+
+    def full() -> bytes:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DataError, match=r"data\.cache_dir .*: No space left on device\n  Free some room"):
+        cache.piece(key(1), 1000, full)
     assert cache.piece(key(1), 1000, lambda: b"y" * 1000).read(10, 12) == b"yy"
 
 

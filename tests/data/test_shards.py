@@ -1,5 +1,6 @@
 """`pretrain shards pack` and `index`, as they are typed."""
 
+import errno
 import gzip
 import io
 import json
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from made import Member, picture, sample_members, write_tar
 from PIL import Image
-from typed import contents, done, image_folder, refused, samples
+from typed import contents, done, image_folder, refused, run, samples
 
 from pretrain.data import open_dataset
 from pretrain.data.pack import ShardSize, open_source, pack
@@ -216,6 +217,7 @@ def test_overwrite_never_deletes_what_is_not_packed_shards(tmp_path):
     refused("holds more than packed shards", "pack", source, out, "--overwrite")
     refused("holds more than packed shards", "pack", source, source, "--overwrite")
     assert (out / "thesis.txt").exists()
+    refused("thesis.txt is no folder", "pack", source, out / "thesis.txt", "--overwrite")
 
 
 def test_a_failing_pack_leaves_what_was_there(tmp_path):
@@ -234,6 +236,28 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     write_tar(tmp_path / "a.tar", x())
     (tmp_path / "a.tar.idx.partial").mkdir()  # stands in for a read-only disk, which root would not notice
     refused("cannot be indexed: .*a.tar.idx.partial", "index", tmp_path)
+
+
+def test_a_folder_that_may_not_be_entered_is_named(tmp_path, monkeypatch):
+    """Root may enter any, so the system's answer is put in its place."""
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    write_tar(tmp_path / "a.tar", x())
+    monkeypatch.setattr(Path, "is_file", refuse)
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    refused("cannot be read: Permission denied", "index", tmp_path)
+    with pytest.raises(DataError, match=f"{tmp_path}: cannot be read: Permission denied"):
+        open_dataset(str(tmp_path))
+
+
+def test_a_url_is_no_folder_of_a_command_on_files(tmp_path, monkeypatch):
+    source = image_folder(tmp_path / "images")
+    monkeypatch.chdir(tmp_path)
+    for arguments in (("pack", source, "s3://bucket/out"), ("verify", "s3://bucket/out")):
+        assert "'s3://bucket/out' is a URL; this command works on files" in run(*arguments).output
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 def test_keys_that_would_be_one_are_refused(tmp_path):

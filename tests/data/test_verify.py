@@ -310,12 +310,12 @@ def test_repair_takes_a_runs_quarantine_report(tmp_path):
         {"shard": f"{folder}/1.tar", "sample": 1, "key": "b1", "reason": "not decodable", "epoch": 3},
         {"shard": "1.tar", "sample": 1, "key": "b1", "reason": "again"},
         {"shard": "0.tar", "key": "a2", "reason": "by its key"},
-        {"shard": "0.tar", "sample": 0, "key": None, "reason": "by its number"},
+        {"shard": "0.tar", "sample": 0, "key": None, "reason": "by its \x1b[2Jnumber"},
     ]
     for number in (1, 2):
         half = lines[: 2 * number][-2:]
         (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in half))
-    done(
+    result = done(
         "repair",
         folder,
         tmp_path / "good",
@@ -325,6 +325,7 @@ def test_repair_takes_a_runs_quarantine_report(tmp_path):
         tmp_path / "2.jsonl",
     )
     assert [key for key, _, _ in samples(tmp_path / "good")] == ["a1", "a3", "b0", "b2", "a3", "c0"]
+    assert "by its \N{REPLACEMENT CHARACTER}[2Jnumber" in result.output
 
 
 def test_repaired_tars_end_as_gnu_tar_expects(tmp_path):

@@ -133,11 +133,11 @@ def _finish(folder: Path, split: str, made: dict[Path, Made], class_names: list[
 def _refuse_to_replace(out: Path, overwrite: bool) -> None:
     if out.exists() and not overwrite:
         raise DataError(f"{out} exists\n  Choose another folder, or replace it with --overwrite.")
-    foreign = (
-        [p.name for p in out.iterdir() if not (p.name in SPLITS and (p / NAME).is_file())]
-        if out.exists()
-        else []
-    )
+    foreign = []
+    if out.is_dir():
+        foreign = [p.name for p in out.iterdir() if not (p.name in SPLITS and (p / NAME).is_file())]
+    elif out.exists():
+        raise DataError(f"{out} is no folder\n  Choose another.")
     if foreign:
         raise DataError(
             f"{out} holds more than packed shards ({', '.join(sorted(foreign)[:3])}); --overwrite would delete it\n"
