@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from pretrain.data.index import SUFFIX, remedy
 from pretrain.data.manifest import NAME, Manifest, read_manifest
-from pretrain.data.scan import ObjectJob, index_folder, index_objects, write_aside
+from pretrain.data.scan import ObjectJob, index_folder, index_objects, open_to_write, write_aside
 from pretrain.data.store import TIMEOUT_SECONDS, Stores, Version
 from pretrain.data.urls import check_source, expand, folder_of, is_remote, name_of
 from pretrain.errors import DataError
@@ -196,7 +196,7 @@ def _alone(place: Path) -> Iterator[None]:
     """One process at a time; the kernel frees the lock of one that dies."""
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context((place / _LOCK).open("w"))
+            file = stack.enter_context(open_to_write(place / _LOCK))
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             raise DataError(

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from pretrain.data.index import SUFFIX, ShardIndex, index_path, parse_index, read_file
 from pretrain.data.manifest import NAME, Manifest, Shard, read_manifest
@@ -150,11 +150,18 @@ def known_class_names(folder: Path) -> list[str] | None:
 def write_aside(path: Path, content: bytes) -> None:
     """Replace a file in one step: it is the old one or the new one at any instant, and after a power cut."""
     aside = path.with_name(path.name + ".partial")
-    with aside.open("wb") as file:
+    with open_to_write(aside) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+def open_to_write(path: Path) -> BinaryIO:
+    """A file beside shards, which may be a stranger's: what a link of that name leads to is not written, a pipe not
+    waited for. Raises `OSError`."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
 def _index_if_needed(tar: _Tar, advance: Advance) -> Indexed:

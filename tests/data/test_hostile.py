@@ -143,6 +143,21 @@ def test_a_pipe_in_place_of_a_shard_is_not_waited_for(tmp_path):
         index_folder(tmp_path)
 
 
+@pytest.mark.parametrize("name", [".index.lock", "a.tar.idx.partial", "manifest.json.partial"])
+def test_what_links_among_shards_lead_to_is_not_written(tmp_path, name):
+    victim, folder = tmp_path / "victim", tmp_path / "shards"
+    victim.write_text("precious")
+    write_tar(folder / "a.tar", sample_members("x", 1))
+    (folder / name).symlink_to(victim)
+    with pytest.raises(DataError, match=r"symbolic links"):
+        open_dataset(str(folder))
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(DataError, match="No such device or address"):
+        open_dataset(str(folder))
+    assert victim.read_text() == "precious"
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "a.tar.idx", "a.tar"])
 def test_a_pipe_in_place_of_anything_beside_it_is_not_waited_for(tmp_path, name):
     write_tar(tmp_path / "a.tar", sample_members("x", 1))
