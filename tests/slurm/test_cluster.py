@@ -133,6 +133,10 @@ def chain_ok(site: Site) -> None:
     for job in jobs:
         assert site.ends(job)["Restarts"] == "0"
     assert site.cluster.job(jobs[1])["Dependency"] == "(null)"
+    asked = (
+        Path(first.run.dir) / "slurm" / "train" / "config.yaml"
+    )  # by this a finished run is known as finished
+    assert asked.read_bytes() == (Path(first.run.dir) / "config.yaml").read_bytes()
     export = Path(second.run.dir) / "export" / "safetensors"
     assert (export / "config.json").is_file()
     shown = site.call("status", first.run.dir)
@@ -301,3 +305,25 @@ def test_what_the_profile_does_not_name_stays_out_of_the_job(
     for path in site.folder.rglob("*"):
         if path.is_file():
             assert SECRET.encode() not in path.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(LONGEST_SECONDS)
+def test_how_long_it_is_from_a_requeue_to_the_first_step(site: Site) -> None:
+    """With `pytest -m slow -s tests/slurm/test_cluster.py` it is printed."""
+    profile = site.profile("timed", {"HOLD_RESTARTS": 1, "HOLD_STEP": 5})
+    cfg = site.config("timed", train={"log_every_steps": 1})
+    (job,) = site.submit("submit", site.write(cfg), "--profile", profile)
+    site.reaches("timed", 4)
+    site.cluster.run("scancel", "--signal=USR1", str(job))  # as before a time limit
+    assert site.ends(job)["Restarts"] == "1"
+    stopped, again = site.attempts("timed")
+    lines = map(json.loads, (site.folder / "timed" / "metrics.jsonl").read_text().splitlines())
+    ours = [line for line in lines if line["attempt"] == 2]
+    opened = next(line["time"] / 1000 for line in ours if line["op"] == "attempt")
+    stepped = next(line["time"] / 1000 for line in ours if line["op"] == "metrics")
+    print(
+        f"\nfrom the request to the first step {stepped - stopped['ended']:.1f} s: {again['began'] - stopped['ended']:.1f} s "
+        f"until Slurm started the job, {opened - again['began']:.1f} s until the ranks had met and found their checkpoint, "
+        f"{stepped - opened:.1f} s until the first step"
+    )
