@@ -21,6 +21,10 @@ QUIET_SECONDS = 900.0
 after this long without a line."""
 
 
+_Mark = tuple[int, int]
+"""Size and time of a journal: those that have ended are many and long, and are read again only where these differ."""
+
+
 class Watch:
     """Rounds of delivery over run directories and folders of them.
 
@@ -32,6 +36,7 @@ class Watch:
         self._uri_of = uri_of
         self._drainers: dict[tuple[Path, str], Drainer] = {}
         self._words: dict[Path, str] = {}
+        self._ended: dict[Path, _Mark] = {}
 
     def follow(self, every_seconds: float) -> None:
         """Go round for ever; a Ctrl-C ends it."""
@@ -46,6 +51,8 @@ class Watch:
         left = 0
         for run in (run for place in self._places for run in find_runs(place)):
             try:
+                if self._ended.get(run) == _mark(run):
+                    continue
                 uri = self._uri_of(run)
                 if uri in silent:
                     self._say(run, f"waits for {uri}: {silent[uri]}")
@@ -59,7 +66,7 @@ class Watch:
     def _deliver(self, run: Path, uri: str) -> str | None:
         """Why it did not work, or None."""
         drainer = self._drainers.setdefault((run, uri), Drainer(run, uri, quiet_seconds=QUIET_SECONDS))
-        before = progress.count_unsent(run)
+        before, mark = progress.count_unsent(run), _mark(run)
         try:
             with drainer.turn() as is_mine:
                 if not is_mine:
@@ -74,7 +81,9 @@ class Watch:
         if before:
             log.info("%s: %d records delivered", run, before)
         last = records.last_record(journal_path(run))
-        ended = f", and it has ended: {last['status']}" if last and last["op"] == "status" else ""
+        ended = ""
+        if last and last["op"] == "status":
+            ended, self._ended[run] = f", and it has ended: {last['status']}", mark
         self._say(run, f"everything is in MLflow{ended}")
         return None
 
@@ -83,6 +92,11 @@ class Watch:
         if self._words.get(run) != words:
             self._words[run] = words
             log.info("%s: %s", run, words)
+
+
+def _mark(run: Path) -> _Mark:
+    found = journal_path(run).stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def find_runs(place: Path) -> Iterator[Path]:

@@ -114,6 +114,23 @@ def test_a_run_that_cannot_be_delivered_does_not_hold_up_the_others(tmp_path, da
     assert "without tracking.uri" in caplog.text
 
 
+def test_a_run_that_has_ended_is_looked_into_again_when_it_goes_on(tmp_path, database):
+    asked = []
+
+    def uri_of(run: Path) -> str:
+        asked.append(run)
+        return f"sqlite:///{database}"
+
+    watch = Watch([tmp_path], uri_of)
+    for step, looks in ((1, 1), (2, 2)):
+        pen = journal(tmp_path / "run")
+        pen.metrics(step, {"train/loss": 1.0})
+        pen.close("FINISHED")
+        assert [watch.round() for _ in range(3)] == [0, 0, 0]
+        assert len(asked) == looks
+    assert steps(Stored(database, tmp_path / "run")) == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [(["nowhere", "--watch"], "is no folder"), ([".", "--watch", "--from-start"], "leave --watch away")],
