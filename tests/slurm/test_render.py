@@ -192,7 +192,7 @@ def test_a_profile_s_text_is_refused_or_changes_nothing_but_its_own_value(field:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("variable", ["SLURM_JOB_NUM_NODES", "SLURM_JOB_ID"])
+@pytest.mark.parametrize("variable", ["SLURM_JOB_NUM_NODES", "SLURM_JOB_ID", "SLURM_RESTART_COUNT"])
 def test_what_stands_where_a_number_should_is_not_run(variable: str, tmp_path: Path) -> None:
     script = tmp_path / "stage.sbatch"
     script.write_text(render(job(), profile(python=str(fake(tmp_path, "judge", "echo go")))))
