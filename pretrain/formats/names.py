@@ -97,8 +97,9 @@ def restored(
             continue
         left -= set(rule.theirs)
         parts = [tensors[name] for name in rule.theirs]
-        if rule.layout.dims and any(part.dim() != rule.layout.dims for part in parts):
-            odd.append(f"{rule.theirs[0]} has shape {list(parts[0].shape)}, not {rule.layout.dims} axes")
+        axes = {part.dim() for part in parts}
+        if 0 in axes or (rule.layout.dims and axes != {rule.layout.dims}):
+            odd.append(f"{rule.theirs[0]} has shape {list(parts[0].shape)}, not {rule.layout.dims or 1} axes")
         elif len({part.shape for part in parts}) > 1:
             odd.append(f"{' and '.join(rule.theirs)} differ in shape")
         else:

@@ -212,8 +212,9 @@ def _unstacked(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]
     """Blocks that are stacked in one array [L, ...] as arrays of their own."""
     top = "Transformer/encoderblock/"
     stacks = {name: value for name, value in tensors.items() if name.startswith(top)}
-    if len({len(value) if value.dim() else 0 for value in stacks.values()}) != 1:
-        raise CheckpointError(f"{source}: the stacked blocks differ in number")
+    lengths = {len(value) if value.dim() else 0 for value in stacks.values()}
+    if len(lengths) != 1 or 0 in lengths:
+        raise CheckpointError(f"{source}: the stacked blocks differ in number, or there are none")
     alone = {name: value for name, value in tensors.items() if name not in stacks}
     for name, value in stacks.items():
         for i, part in enumerate(value):
@@ -235,7 +236,10 @@ def _described(tensors: Mapping[str, Tensor], layout: _Layout, hints: Hints, sou
         )
     pool = "map" if "MAPHead_0/probe" in tensors else "token" if "cls" in tensors else "norm_avg"
     blocks = {name.split("/")[1] for name in tensors if name.startswith("Transformer/encoderblock_")}
-    head, rep = tensors.get("head/kernel"), tensors.get("pre_logits/kernel")
+    head, rep = (
+        _shaped(tensors, name, 2, source) if name in tensors else None
+        for name in ("head/kernel", "pre_logits/kernel")
+    )
     return {
         "embed_dim": patch[3],
         "depth": len(blocks),
@@ -244,20 +248,20 @@ def _described(tensors: Mapping[str, Tensor], layout: _Layout, hints: Hints, sou
         "img_size": hints.img_size,
         "patch_size": (patch[0], patch[1]),
         "in_chans": patch[2],
-        "num_classes": 1 if head is None else head.shape[-1],
+        "num_classes": 1 if head is None else head[1],
         "global_pool": pool,
         "pos_embed": "learned_1d" if layout.old or "pos_embedding" in tensors else "none",
         "pos_embed_order": "cls_then_pe" if layout.old else "pe_then_cls",
         "act": hints.act or "gelu_tanh",
         "norm_eps": NORM_EPS,
-        "representation_size": None if rep is None else rep.shape[-1],
+        "representation_size": None if rep is None else rep[1],
         "mean": hints.mean or (0.5,),
         "std": hints.std or (0.5,),
     }
 
 
 def _shaped(tensors: Mapping[str, Tensor], name: str, dims: int, source: Path) -> tuple[int, ...]:
-    if name not in tensors or tensors[name].dim() != dims:
+    if name not in tensors or tensors[name].dim() != dims or not tensors[name].numel():
         raise CheckpointError(f"{source} is of another architecture: it has no {name} of {dims} axes")
     return tuple(tensors[name].shape)
 

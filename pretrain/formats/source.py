@@ -241,6 +241,10 @@ def _floats(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: {odd[0]} is {tensors[odd[0]].dtype}; weights are floating-point numbers"
         )
+    if odd := sorted(name for name, value in tensors.items() if 0 in value.shape or not value.dim()):
+        raise CheckpointError(
+            f"{path}: {odd[0]} has shape {list(tensors[odd[0]].shape)}, which no weight has"
+        )
     return {name: value.to(torch.float32, copy=True).contiguous() for name, value in tensors.items()}
 
 
@@ -261,8 +265,8 @@ def numbers(value: Any, count: Iterable[int], what: str) -> tuple[float, ...]:
     """A list of numbers from a config; raises `CheckpointError`."""
     if not isinstance(value, list | tuple) or len(value) not in tuple(count):
         raise CheckpointError(f"{what} is {value!r}; that is not one number for each channel")
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
-        raise CheckpointError(f"{what} is {value!r}; that is not one number for each channel")
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < LARGEST for v in value):
+        raise CheckpointError(f"{what} is {str(value)[:200]}; that is not one number for each channel")
     return tuple(float(v) for v in value)
 
 

@@ -73,8 +73,8 @@ class _Kind:
             if not timm.is_model(self.name):
                 raise CheckpointError(f"timm {timm.__version__} has no model {self.name!r}")
             return timm.create_model(self.name, pretrained=False, device=device, **self.arguments)
-        except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
-            raise CheckpointError(f"timm cannot build {self.name or 'this ViT'}: {error}") from None
+        except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
+            raise CheckpointError(f"timm cannot build {self.name or 'this ViT'}: {error!r}") from None
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def read(source: Path, hints: Hints) -> Imported:
         has_head,
         _preprocess(own),
         _class_names(source) if has_head else None,
-        notes=tuple(_notes(net, own, has_head, below)),
+        notes=tuple(_notes(kind, net, own, has_head, below)),
         peer=_Peer(kind, tensors),
     )
     return checked(imported, str(source))
@@ -177,11 +177,12 @@ def _from_shapes(tensors: Tensors, hints: Hints, source: Path) -> dict[str, Any]
             "or give --img-size HEIGHT WIDTH and --num-heads"
         )
     patch, fc1 = tensors.get("patch_embed.proj.weight"), tensors.get("blocks.0.mlp.fc1.weight")
-    if patch is None or patch.dim() != 4 or fc1 is None or fc1.dim() != 2:
+    head, table, registers = (tensors.get(name) for name in ("head.weight", "pos_embed", "reg_token"))
+    odd_registers = registers is not None and registers.dim() != 3
+    if patch is None or patch.dim() != 4 or fc1 is None or fc1.dim() != 2 or odd_registers:
         raise CheckpointError(
             f"{source} is not a ViT's state dict in timm's names: there are {listed(tensors)}"
         )
-    head, table, registers = (tensors.get(name) for name in ("head.weight", "pos_embed", "reg_token"))
     pool = "map" if "attn_pool.latent" in tensors else "avg" if "fc_norm.weight" in tensors else "token"
     has_cls, num_registers = "cls_token" in tensors, 0 if registers is None else registers.shape[1]
     if pool == "token" and not has_cls:
@@ -337,8 +338,12 @@ def _settings(net: Any, weights: Tensors) -> dict[str, Any]:
         "act": act,
         "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
         "layer_scale": None if isinstance(block.ls1, nn.Identity) else 1e-5,
-        "norm_eps": next(layer.eps for layer in net.modules() if isinstance(layer, nn.LayerNorm)),
+        "norm_eps": _norm_eps(net),
     }
+
+
+def _norm_eps(net: Any) -> float:
+    return float(next(layer.eps for layer in net.modules() if isinstance(layer, nn.LayerNorm)))
 
 
 def _own(kind: _Kind, net: Any) -> dict[str, Any]:
@@ -374,9 +379,14 @@ def _class_names(source: Path) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-def _notes(net: Any, own: dict[str, Any], has_head: bool, below: str | None) -> Iterator[str]:
+def _notes(kind: _Kind, net: Any, own: dict[str, Any], has_head: bool, below: str | None) -> Iterator[str]:
     if below is not None:
         yield f"its weights are those below {below}"
+    if kind.name is None:
+        yield (
+            f"taken, since shapes do not say it: act {_act(net)}, norm_eps {_norm_eps(net):g}, "
+            f"global_pool {net.global_pool}"
+        )
     if net.has_class_token and net.global_pool != "token":
         yield "its cls token, which the head does not read, is the first register"
     if net.blocks[0].attn.qkv.bias is None:

@@ -104,9 +104,10 @@ def cut_pth(path: Path) -> None:
         (deflated, "is compressed, which torch.save never does"),
         (cut_pth, "holds more than tensors|no file of torch.save|not an archive"),
         (lambda path: torch.save([1, 2], path), "holds no state dict"),
+        (lambda path: torch.save({**state_dict(), "reg_token": torch.ones(3)}, path), "is not a ViT's state dict"),
         (lambda path: path.write_bytes(b""), "no file of torch.save"),
     ],
-    ids=["pickle", "bare pickle", "old file", "script", "expanded", "sparse", "deflated", "cut", "list", "empty"],
+    ids=["pickle", "bare pickle", "old file", "script", "expanded", "sparse", "deflated", "cut", "list", "flat registers", "empty"],
 )  # fmt: skip
 def test_a_pth_gives_tensors_or_nothing(tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
     make(tmp_path / "w.pth")
@@ -218,6 +219,18 @@ NPZ: dict[str, tuple[Callable[[Path], object], str]] = {
         }),
         r"has shape \[32, 2, 16\]|not 3 axes|differ in shape",
     ),
+    "a scalar": (
+        lambda p: np.savez(p, **arrays() | {"params/head/bias": np.zeros((), np.float32)}),
+        r"head/bias has shape \[\], not 1 axes",
+    ),
+    "a flat head": (
+        lambda p: np.savez(p, **arrays() | {"params/head/kernel": np.zeros(3, np.float32)}),
+        "it has no head/kernel of 2 axes",
+    ),
+    "a stack of no blocks": (
+        lambda p: np.savez(p, **arrays() | {"params/Transformer/encoderblock/LayerNorm_0/scale": np.zeros((), np.float32)}),
+        "the stacked blocks differ in number",
+    ),
 }  # fmt: skip
 
 
@@ -322,6 +335,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "NaN": (weights_with(lambda w: w[BIAS].fill_(torch.nan)), "values that are not finite: head.bias"),
     "integers": (weights_with(lambda w: w.update({BIAS: torch.ones(3, dtype=torch.int64)})), "floating-point"),
+    "a scalar": (weights_with(lambda w: w.update({BIAS: torch.tensor(1.0)})), r"has shape \[\], which no weight has"),
     "no input": (lambda f: (f / "preprocessor_config.json").unlink(), "give --mean and --std"),
     "std of words": (lambda f: edit(f / "preprocessor_config.json", image_std=["a"]), "not one number for each"),
     "std of zero": (lambda f: edit(f / "preprocessor_config.json", image_std=[0, 0, 0]), "must be above 0"),
@@ -350,6 +364,24 @@ TIMM: dict[str, tuple[dict[str, Any], str]] = {
     "too deep": ({"model_args": {"depth": 10**6}}, "says depth 1000000"),
     "too wide": ({"model_args": {"embed_dim": 2**40}}, "larger than any network"),
     "not square": ({"model_args": {"img_size": [32, 31]}}, "cannot build|another shape|multiple"),
+    "an unknown activation": (
+        {"model_args": {"act_layer": "nonesuch"}},
+        r"cannot build .*: KeyError\('nonesuch'\)",
+    ),
+    "no size": ({"model_args": {"img_size": []}}, "cannot build"),
+    "a mean beyond all numbers": (
+        {
+            "model_args": {
+                "depth": 2,
+                "embed_dim": 32,
+                "num_heads": 2,
+                "img_size": [8, 24],
+                "patch_size": [4, 2],
+            },
+            "pretrained_cfg": {"mean": [10**400] * 3},
+        },
+        "not one number for each",
+    ),
     "arguments in a list": ({"model_args": [1]}, "is no JSON object"),
 }
 

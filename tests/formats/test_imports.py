@@ -122,11 +122,13 @@ def test_a_bare_state_dict_comes_in_by_its_shapes_and_two_words(tmp_path: Path, 
     net = randomise(VisionTransformer(img_size=(8, 24), patch_size=(4, 2), **settings | changes))
     save_file(net.state_dict(), tmp_path / "w.safetensors")
     said = ["--img-size", "8", "24", "--num-heads", "4", "--act", "relu", *NUMBERS]
-    assert difference(bring(tmp_path / "w.safetensors", tmp_path / "out", *said)) <= 1e-5
+    done = bring(tmp_path / "w.safetensors", tmp_path / "out", *said)
+    assert difference(done) <= 1e-5
+    pool = changes.get("global_pool", "token")
+    taken = f"note: taken, since shapes do not say it: act relu, norm_eps 1e-06, global_pool {pool}"
+    assert taken in done.output.splitlines()
     _, config = load_export(tmp_path / "out")
-    assert config.num_registers == changes.get("reg_tokens", 0) + (
-        changes.get("global_pool", "token") != "token"
-    )
+    assert config.num_registers == changes.get("reg_tokens", 0) + (pool != "token")
     with pytest.raises(CheckpointError, match="--timm-model, or give --img-size"):
         bring(tmp_path / "w.safetensors", tmp_path / "no", *NUMBERS)
 
