@@ -45,7 +45,7 @@ def _numbers(_: click.Context, option: click.Parameter, text: str | None) -> tup
     type=click.IntRange(min=1),
     nargs=2,
     metavar="HEIGHT WIDTH",
-    help="Of the images, in pixels.",
+    help="Of the images, in pixels; an .npz and a bare state dict do not say it.",
 )
 @click.option("--num-heads", type=click.IntRange(min=1), help="Of a state dict without a model's name.")
 @click.option("--act", type=click.Choice(_ACTIVATIONS), help="Activation, where the source does not say it.")
@@ -54,8 +54,12 @@ def _numbers(_: click.Context, option: click.Parameter, text: str | None) -> tup
     type=click.FloatRange(min=0, min_open=True),
     help="Epsilon of LayerNorm, where the source does not say it.",
 )
-@click.option("--mean", callback=_numbers, help="Of the input: subtracted from pixels in [0, 1].")
-@click.option("--std", callback=_numbers, help="Of the input: divides them.")
+@click.option(
+    "--mean",
+    callback=_numbers,
+    help="Of the input: subtracted from pixels in [0, 1]; one number, or 0.485,0.456,0.406.",
+)
+@click.option("--std", callback=_numbers, help="Of the input: divides them; likewise.")
 @click.option("--licence", help="Of the weights, for the model card.")
 @click.option("--no-verify", is_flag=True, help="Do not compare logits with the library's own.")
 def import_(

@@ -52,7 +52,8 @@ class Picture(NamedTuple):
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def predict(export: Path, images: tuple[Path, ...], top: int, batch: int, as_json: bool) -> None:
-    """Classify IMAGES, files and folders, by EXPORT, which `pretrain export` or `pretrain import` wrote.
+    """Classify IMAGES, files and folders, by EXPORT, which `pretrain export` or `pretrain import` wrote, in any format but
+    mlflow.
 
     Images are resized and cropped as in the model's validation. One that cannot be read is named and passed over; the
     command then ends with exit code 3 once the others are done.

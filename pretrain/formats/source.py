@@ -112,7 +112,10 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
         return read_safetensors(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise CheckpointError(f"{folder} has no {WEIGHTS} (there is {there}); pickled weights are not read")
+        raise CheckpointError(
+            f"{folder} has no {WEIGHTS} (there is {there}); pickled weights are not read: where you trust "
+            "them, save them as safetensors"
+        )
     names = read_json(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"{folder / INDEX} has no weight_map of names to files")

@@ -148,8 +148,10 @@ def _kind(source: Path, tensors: Tensors, hints: Hints) -> _Kind:
         if not isinstance(name, str) or not isinstance(config, dict):
             raise CheckpointError(f"{source / CONFIG} does not describe a model of timm's")
         if not document:
-            head = tensors.get("head.weight")
+            head, patch = tensors.get("head.weight"), tensors.get("patch_embed.proj.weight")
             arguments["num_classes"] = 0 if head is None else len(head)
+            if patch is not None and patch.dim() == 4:
+                arguments["in_chans"] = patch.shape[1]
         if hints.num_heads or hints.act or hints.norm_eps:
             raise CheckpointError("--num-heads, --act and --norm-eps are for a source that names no model")
         return _Kind(name, arguments, config)
@@ -357,7 +359,10 @@ def _normalisation(
     given = (hints.mean or own.get("mean"), hints.std or own.get("std"))
     if None in given:
         raise CheckpointError("the source does not say how its input is normalised: give --mean and --std")
-    mean, std = (numbers(v, (1, channels), what) for v, what in zip(given, ("mean", "std"), strict=True))
+    mean, std = (
+        numbers(v, (1, channels), f"--{what}, or the source's {what},")
+        for v, what in zip(given, ("mean", "std"), strict=True)
+    )
     return mean, std
 
 

@@ -161,6 +161,16 @@ def test_a_training_s_file_gives_the_state_dict_that_timm_would_load(
         assert torch.equal(brought[name], value), name
 
 
+def test_a_grey_model_comes_in_by_the_name_of_timm_s_model_of_colours(tmp_path: Path) -> None:
+    net = timm.create_model("vit_tiny_patch16_224", img_size=32, in_chans=1, num_classes=3)
+    save_file(net.state_dict(), tmp_path / "w.safetensors")
+    said = ["--timm-model", "vit_tiny_patch16_224", "--img-size", "32", "32"]
+    with pytest.raises(CheckpointError, match=r"--mean, or the source's mean, is .* not one number for each"):
+        bring(tmp_path / "w.safetensors", tmp_path / "out", *said)
+    bring(tmp_path / "w.safetensors", tmp_path / "out", *said, *NUMBERS, "--no-verify")
+    assert load_export(tmp_path / "out")[1].in_chans == 1
+
+
 def test_a_file_without_a_state_dict_says_what_there_is(tmp_path: Path) -> None:
     torch.save({"teacher": {"a": torch.zeros(1)}, "epoch": 3}, tmp_path / "w.pth")
     with pytest.raises(
