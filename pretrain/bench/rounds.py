@@ -5,7 +5,6 @@ line that it is sent, works through the images of a round and answers with what 
 answer in time is named and left out; none outlives the benchmark (`guard`).
 """
 
-import contextlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import click
+import psutil
 
 from pretrain.bench.contenders import CONTENDERS, Feed, Setting, feed
 from pretrain.bench.guard import Guard
@@ -121,7 +121,7 @@ class _Process:
         return "\n".join(said[errors[-1] :] if errors else said[-1:]) or "it said nothing"
 
     def close(self) -> None:
-        with contextlib.suppress(ProcessLookupError):  # what its leader has started may outlive it
+        with suppress(ProcessLookupError):  # what its leader has started may outlive it
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate(timeout=_SECONDS_TO_END)
         self._guard.forget(self._process.pid)
@@ -160,8 +160,6 @@ def _round(mine: Feed, images: int) -> Measured:
 
 def _cpu_seconds() -> float:
     """Of this process and all below it."""
-    import psutil
-
     children: list[Any] = psutil.Process().children(recursive=True)
     return time.process_time() + sum(sum(child.cpu_times()[:2]) for child in children)
 

@@ -98,31 +98,31 @@ def lock(setting: Setting) -> Iterator[Work]:
     tensor = torch.zeros(8)
     while True:
         time.sleep(_SECONDS_TO_SETTLE)
-        alone = _share_blocked(tensor, _SECONDS_ALONE)
+        blocked, computed = _compute(tensor, _SECONDS_ALONE)
+        alone = blocked / computed
         parts = {}
         for kind in steps:
             time.sleep(_SECONDS_TO_SETTLE)
             batches = next(steps[kind])
             images = sum(map(len, batches))
-            blocked, computed = 0.0, 0.0
-            while computed < images * 1e-3 / setting.cores:  # about as long as the loader needs for a batch
-                turn = _turn(tensor)
-                blocked, computed = blocked + turn[0], computed + turn[1]
+            blocked, computed = _compute(
+                tensor, images * 1e-3 / setting.cores
+            )  # about as long as a batch takes
             parts[kind] = blocked - alone * computed
         yield Work(images, parts)
 
 
-def _share_blocked(tensor: torch.Tensor, seconds: float) -> float:
-    """Seconds blocked for each second of computing, without a loader at work."""
+def _compute(tensor: torch.Tensor, seconds: float) -> tuple[float, float]:
+    """Seconds (blocked, computed) of operations of this thread, until they have computed for so long."""
     blocked, computed = 0.0, 0.0
     while computed < seconds:
         turn = _turn(tensor)
         blocked, computed = blocked + turn[0], computed + turn[1]
-    return blocked / computed
+    return blocked, computed
 
 
 def _turn(tensor: torch.Tensor) -> tuple[float, float]:
-    """Seconds (blocked, computed) of some operations of this thread."""
+    """The same of a few operations."""
     began, before = time.perf_counter(), _SCHEDSTAT.read_text().split()
     for _ in range(_OPS_A_TURN):
         tensor.add_(1)
