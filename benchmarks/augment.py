@@ -6,13 +6,13 @@ Each contender is given one picture, cropped already, and returns augmented ones
 figure includes the draws. CPU time of this thread; rounds are interleaved, and the ratio is that of a round's two times.
 """
 
-import argparse
 import random
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 from PIL import Image
@@ -70,9 +70,9 @@ def seconds(run: Callable[[], None]) -> float:
 
 
 def compare(
-    policy: Policy, other: Augment | None, picture: Image.Image, images: int, rounds: int
+    policy: Policy, other: Augment, picture: Image.Image, images: int, rounds: int
 ) -> list[tuple[float, float]]:
-    """Seconds an image of (ours, theirs) in each round; theirs is 0 where there is none."""
+    """Seconds an image of (ours, theirs) in each round."""
     pixels = np.array(picture)
     times = []
     for number in range(rounds):
@@ -84,36 +84,35 @@ def compare(
                     policy.apply(pixels, draws)
 
         def peers() -> None:
-            for _ in range(images if other else 0):
-                other(picture)  # type: ignore[misc]
+            for _ in range(images):
+                other(picture)
 
-        if number % 2:
-            spent = seconds(ours), seconds(peers)
-        else:
-            spent = tuple(reversed((seconds(peers), seconds(ours))))
-        times.append((spent[0] / images, spent[1] / images))
+        spent = {run: seconds(run) for run in ((ours, peers) if number % 2 else (peers, ours))}
+        times.append((spent[ours] / images, spent[peers] / images))
     return times
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--image", type=Path, help="a picture; none: smoothed noise")
-    parser.add_argument("--size", type=int, default=224, help="pixels a side")
-    parser.add_argument("--images", type=int, default=160, help="images in a round, a multiple of 16")
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
+@click.command()
+@click.option(
+    "--image",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A picture; by default smoothed noise.",
+)
+@click.option("--size", default=224, show_default=True, help="Pixels a side.")
+@click.option("--images", default=160, show_default=True, help="Images in a round, a multiple of 16.")
+@click.option("--rounds", default=7, show_default=True)
+def main(image: Path | None, size: int, images: int, rounds: int) -> None:
+    """Time every augmentation policy, and timm's and torchvision's of the same kind."""
     torch.set_num_threads(1)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8))
-    source = Image.open(options.image).convert("RGB") if options.image else noise
-    picture = source.resize((options.size, options.size))
+    source = Image.open(image).convert("RGB") if image else noise
+    picture = source.resize((size, size))
     model = ModelConfig(size="Ti", img_size=picture.size, patch_size=(1, 1), num_classes=2)
-    peers = theirs(options.size)
+    peers = theirs(size)
     print(f"{'policy':28s} {'ours, ms':>9s} {'theirs, ms':>11s} {'theirs / ours':>14s}")
     for name, augment in OURS.items():
         policy = Policy(AugmentConfig.model_validate(augment), model, "bicubic", seed=0)
-        times = compare(policy, peers.get(name), picture, options.images, options.rounds)
+        times = compare(policy, peers.get(name, lambda _: None), picture, images, rounds)
         ours, other = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
         ratios = sorted(b / a for a, b in times)
         told = f"{other:11.3f} {statistics.median(ratios):.2f} [{ratios[0]:.2f}..{ratios[-1]:.2f}]"

@@ -1,7 +1,7 @@
 """What saving and loading a checkpoint cost a rank: time, and host memory beyond what it held before.
 
     python benchmarks/checkpoint.py                     a ViT-S/16, ZeRO stages 1 and 3, on 1, 2 and 4 ranks
-    python benchmarks/checkpoint.py --size B --worlds 8
+    python benchmarks/checkpoint.py --size B --worlds 8 --stages 3
 
 A rank's own part is its slices of weights and moments, fp32: 12 bytes a parameter over the number of ranks (AdamW).
 Memory is the rank's highest resident size during the call beyond that before it, the worst rank's: a load also makes
@@ -10,7 +10,6 @@ load ends with the gather of all weights that each step ends with too: its buffe
 number of ranks.
 """
 
-import argparse
 import multiprocessing
 import socket
 import tempfile
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import click
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +29,7 @@ from pretrain.checkpoint.load import newest_valid
 from pretrain.checkpoint.save import Content, Saver
 from pretrain.config import Config, resolve
 from pretrain.config.plan import DataFacts
+from pretrain.config.sizes import SIZES
 from pretrain.distributed import Ranks, joined
 from pretrain.engine import Engine
 from pretrain.hardware import detect
@@ -51,29 +52,19 @@ class Costs:
     loading_bytes: int
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", default="S", help="of the model: Ti, S, B, L, H")
-    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--stages", type=int, nargs="+", default=[1, 3])
-    chosen = parser.parse_args()
-    title = f"a checkpoint of ViT-{chosen.size}: the worst rank"
-    columns = (
-        "ranks",
-        "stage",
-        "own part",
-        "stall",
-        "until committed",
-        "memory / part",
-        "load",
-        "memory / part",
-    )
-    table = Table(*columns, title=title)
-    for world in chosen.worlds:
-        for stage in chosen.stages:
-            table.add_row(str(world), str(stage), *_cells(_measure(chosen.size, world, stage)))
+@click.command()
+@click.option("--size", type=click.Choice(list(SIZES)), default="S", show_default=True, help="Of the model.")
+@click.option("--worlds", multiple=True, type=int, default=(1, 2, 4), show_default=True, help="Ranks.")
+@click.option("--stages", multiple=True, type=int, default=(1, 3), show_default=True, help="Of ZeRO.")
+def main(size: str, worlds: tuple[int, ...], stages: tuple[int, ...]) -> None:
+    """Time a save and a load of a checkpoint, and the memory that they take. Ranks and stages may be given again."""
+    table = Table(
+        "ranks", "stage", "own part", "stall", "until committed", "memory / part", "load", "memory / part",
+        title=f"a checkpoint of ViT-{size}: the worst rank",
+    )  # fmt: skip
+    for world in worlds:
+        for stage in stages:
+            table.add_row(str(world), str(stage), *_cells(_measure(size, world, stage)))
     Console().print(table)
 
 

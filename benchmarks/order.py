@@ -8,7 +8,6 @@ each of their tars. Each row is a fresh process of one thread: memory is its pea
 and on a busy machine its CPU time is what an idle one would take.
 """
 
-import argparse
 import hashlib
 import json
 import subprocess
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import click
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -152,34 +152,32 @@ def measure(folder: Path, case: Case, step: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--shards", type=int, default=100_000, help=f"of {SAMPLES_A_SHARD:,} samples on average"
-    )
-    parser.add_argument("--step", type=int, default=5_000_000, help="where to seek to")
-    parser.add_argument("--rounds", type=int, default=3, help="processes a row; medians are shown")
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.measure:
-        folder, number = options.measure
-        print(json.dumps(measure(Path(folder), CASES[int(number)], options.step)))
+@click.command()
+@click.option(
+    "--shards", default=100_000, show_default=True, help=f"Of {SAMPLES_A_SHARD:,} samples on average."
+)
+@click.option("--step", default=5_000_000, show_default=True, help="Where to seek to.")
+@click.option("--rounds", default=3, show_default=True, help="Processes a row; medians are shown.")
+@click.option("--measure", "of", type=(click.Path(path_type=Path), int), hidden=True)
+def main(shards: int, step: int, rounds: int, of: tuple[Path, int] | None) -> None:
+    """Time a seek in the sample order, and the memory that it takes."""
+    if of is not None:
+        folder, number = of
+        print(json.dumps(measure(folder, CASES[number], step)))
         return
     with tempfile.TemporaryDirectory() as name:
-        write_data(Path(name), options.shards, options.step)
+        write_data(Path(name), shards, step)
         size = (Path(name) / NAME).stat().st_size / 2**20
         table = Table(
             "served by", "manifest", "order", "indexes", "in all", "CPU", "shards opened", "memory",
-            title=f"seek to step {options.step:,} of {options.shards * SAMPLES_A_SHARD:,} samples in "
-            f"{options.shards:,} shards (manifest {size:.0f} MiB)",
+            title=f"seek to step {step:,} of {shards * SAMPLES_A_SHARD:,} samples in "
+            f"{shards:,} shards (manifest {size:.0f} MiB)",
         )  # fmt: skip
         for number, case in enumerate(CASES):
-            command = [sys.executable, __file__, "--step", str(options.step), "--measure", name, str(number)]
+            command = [sys.executable, __file__, "--step", str(step), "--measure", name, str(number)]
             found = [
                 json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-                for _ in range(options.rounds)
+                for _ in range(rounds)
             ]
             middle = {key: median(one[key] for one in found) for key in found[0]}
             parts = [middle[part] for part in ("manifest", "order", "indexes")]

@@ -1,18 +1,18 @@
 """What threads and processes give a policy that needs the interpreter: images/s and CPU ms, on one thread and on more.
 
     python benchmarks/workers.py SHARDS                     timm's RandAugment, threads against processes, 1 and 2
-    python benchmarks/workers.py SHARDS --policy none --threads 1,2,4
+    python benchmarks/workers.py SHARDS --policy none --threads 1 --threads 2 --threads 4
 
 Loaders take turns, round by round; nothing is measured while another one still decodes ahead. A row's scaling is the median
 over rounds of its speed to that of one thread in the same round. On a machine that does other work, look at CPU ms.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
+import click
 import psutil
 from rich.console import Console
 from rich.table import Table
@@ -69,36 +69,39 @@ def take_turn(steps: Iterator[list[Batch]], count: int) -> tuple[float, float]:
     return count * BATCH / wall, cpu_ms
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("shards")
-    parser.add_argument("--policy", choices=list(POLICIES), default="randaugment_timm")
-    parser.add_argument("--threads", default="1,2", help="numbers of threads, the first is the reference")
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=6, help="of a round")
-    given = parser.parse_args()
-    cases = [(kind, int(n)) for kind in ("threads", "processes") for n in given.threads.split(",")]
+@click.command()
+@click.argument("shards")
+@click.option("--policy", type=click.Choice(list(POLICIES)), default="randaugment_timm", show_default=True)
+@click.option(
+    "--threads",
+    multiple=True,
+    type=int,
+    default=(1, 2),
+    show_default=True,
+    help="The first is the reference.",
+)
+@click.option("--size", default=224, show_default=True, help="Side of a view in pixels.")
+@click.option("--rounds", default=7, show_default=True)
+@click.option("--steps", default=6, show_default=True, help="Of a round.")
+def main(shards: str, policy: str, threads: tuple[int, ...], size: int, rounds: int, steps: int) -> None:
+    """Compare threads with processes at decoding the images of SHARDS under a policy."""
+    cases = [(kind, count) for kind in ("threads", "processes") for count in threads]
     found: dict[tuple[str, int], list[tuple[float, float]]] = {case: [] for case in cases}
     with ExitStack() as stack:
-        loaders = {
-            case: stack.enter_context(loader(given.shards, *case, given.policy, given.size)) for case in cases
-        }
-        steps = {case: made.steps(0) for case, made in loaders.items()}
-        for turn in range(-1, given.rounds):  # the first is to warm up
+        loaders = {case: stack.enter_context(loader(shards, *case, policy, size)) for case in cases}
+        batches = {case: made.steps(0) for case, made in loaders.items()}
+        for turn in range(-1, rounds):  # the first is to warm up
             for case in cases:
-                measured = take_turn(steps[case], given.steps)
+                measured = take_turn(batches[case], steps)
                 if turn >= 0:
                     found[case].append(measured)
-    table = Table(
-        "workers", "threads", "images/s", "CPU ms an image", "to one of its kind", title=given.policy
-    )
-    for kind, threads in cases:
-        mine, one = found[kind, threads], found[kind, cases[0][1]]
+    table = Table("workers", "threads", "images/s", "CPU ms an image", "to one of its kind", title=policy)
+    for kind, count in cases:
+        mine, one = found[kind, count], found[kind, threads[0]]
         ratios = [ours[0] / its[0] for ours, its in zip(mine, one, strict=True)]
         speed, cpu = (statistics.median(column) for column in zip(*mine, strict=True))
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        table.add_row(kind, str(threads), f"{speed:,.0f}", f"{cpu:.2f}", spread)
+        table.add_row(kind, str(count), f"{speed:,.0f}", f"{cpu:.2f}", spread)
     Console().print(table)
 
 
