@@ -188,7 +188,7 @@ def _plain(model: nn.Module, config: Config, batch: Batch, device: torch.device)
     """A training step as a person writes it in plain torch."""
     model.to(device).train()
     groups = parameter_groups(model.named_parameters(), config.optim, config.model.num_blocks)
-    optimizer = build_optimizer(groups, config.optim, device)
+    optimizer = build_optimizer(groups, config.optim)
     objective = Objective(config.objective, config.model.num_classes)
 
     def step() -> Tensor:

@@ -15,8 +15,6 @@ from pretrain.model import InitialWeights, VisionTransformer, build
 from pretrain.optim import build_optimizer, lr_at, parameter_groups, set_lr
 from pretrain.optim.groups import decays, layer_id
 
-CPU = torch.device("cpu")
-
 
 def plan(**changes: object) -> Plan:
     config = Config.model_validate(
@@ -198,7 +196,7 @@ def test_fused_step_equals_the_plain_loop_of_torch(name: str) -> None:
         name=name, lr=0.1, weight_decay=0.2, layer_decay=0.5, betas=(0.8, 0.95), momentum=0.7
     )
     ours, reference = vit(), vit()
-    optimizer = build_optimizer(parameter_groups(ours.named_parameters(), config, 2), config, CPU)
+    optimizer = build_optimizer(parameter_groups(ours.named_parameters(), config, 2), config)
     assert all(group["fused"] for group in optimizer.param_groups)
     plain = [
         {**g, "params": [reference.get_parameter(n) for n in g["names"]]} for g in optimizer.param_groups

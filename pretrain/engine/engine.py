@@ -100,7 +100,7 @@ class Engine:
         if self.config.engine.compile:
             module.compile_blocks()
         groups = parameter_groups(module.named_parameters(), self.config.optim, self.config.model.num_blocks)
-        optimizer = build_optimizer(groups, self.config.optim, self.ranks.device)
+        optimizer = build_optimizer(groups, self.config.optim)
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
         )

@@ -69,9 +69,8 @@ def make_states(
 
     Each flat master gets its own step count: sharing one tensor counts it once per group.
     """
-    fused = any(group.get("fused") for group in optimizer.param_groups)
     for flat in {id(fragment.flat): fragment.flat for fragment in fragments}.values():
         state: dict[str, Tensor] = {key: torch.zeros_like(flat, requires_grad=False) for key in STATES[name]}
         if name == "adamw":
-            state["step"] = torch.tensor(float(steps), device=flat.device if fused else "cpu")
+            state["step"] = torch.tensor(float(steps), device=flat.device)
         optimizer.state[flat] = state

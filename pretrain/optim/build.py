@@ -8,18 +8,13 @@ import torch
 from pretrain.config import OptimConfig
 from pretrain.optim.groups import ParamGroup
 
-_FUSED = ("cpu", "cuda")
 
-
-def build_optimizer(
-    groups: list[ParamGroup], config: OptimConfig, device: torch.device
-) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[ParamGroup], config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) or SGD with momentum, one kernel a group on CPU and CUDA."""
-    fused = device.type in _FUSED
     params: list[dict[str, Any]] = [dict(group) for group in groups]
     if config.name == "sgd":
-        return torch.optim.SGD(params, lr=config.lr, momentum=config.momentum, fused=fused)
-    return torch.optim.AdamW(params, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+        return torch.optim.SGD(params, lr=config.lr, momentum=config.momentum, fused=True)
+    return torch.optim.AdamW(params, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def set_lr(groups: Iterable[dict[str, Any]], lr: float) -> None:

@@ -40,7 +40,7 @@ def plain_torch(precision: str) -> list[float]:
     plan = tiny.plan(cfg, 1)
     masters = build(cfg.model, InitialWeights(cfg.model, 0))
     groups = parameter_groups(masters.named_parameters(), cfg.optim, cfg.model.num_blocks)
-    optimizer = build_optimizer(groups, cfg.optim, torch.device("cpu"))
+    optimizer = build_optimizer(groups, cfg.optim)
     objective = Objective(cfg.objective, cfg.model.num_classes)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     losses = []

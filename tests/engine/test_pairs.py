@@ -36,7 +36,7 @@ def plain_torch(name: str, mixes: bool = True) -> list[float]:
     plan = tiny.plan(cfg, 1)
     model = build(cfg.model, InitialWeights(cfg.model, 0))
     groups = parameter_groups(model.named_parameters(), cfg.optim, cfg.model.num_blocks)
-    optimizer = build_optimizer(groups, cfg.optim, torch.device("cpu"))
+    optimizer = build_optimizer(groups, cfg.optim)
     losses = []
     for step in range(STEPS):
         batch = tiny.global_batch(cfg, step)

@@ -29,9 +29,7 @@ def plain(model: dict[str, Any]) -> list[float]:
     cfg = config(0, "fp32", None, 0, model=model)
     plan = tiny.plan(cfg, 1)
     vit = build(cfg.model, InitialWeights(cfg.model, 0))
-    optimizer = build_optimizer(
-        parameter_groups(vit.named_parameters(), cfg.optim, 2), cfg.optim, torch.device("cpu")
-    )
+    optimizer = build_optimizer(parameter_groups(vit.named_parameters(), cfg.optim, 2), cfg.optim)
     objective = Objective(cfg.objective, cfg.model.num_classes)
     losses = []
     for step in range(STEPS):

@@ -154,7 +154,7 @@ def test_which_of_two_patches_comes_first_is_learnt_by_relative_and_never_by_non
         )  # fmt: skip
         model, optim = build(config, InitialWeights(config, 0)), OptimConfig(lr=3e-3)
         groups = parameter_groups(model.named_parameters(), optim, config.num_blocks)
-        optimizer, generator = build_optimizer(groups, optim, CPU), torch.Generator().manual_seed(0)
+        optimizer, generator = build_optimizer(groups, optim), torch.Generator().manual_seed(0)
         for _ in range(150):
             images, labels = rows_of_patches(64, generator)
             nn.functional.cross_entropy(model(images), labels).backward()
