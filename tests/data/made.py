@@ -1,8 +1,9 @@
-"""Makes what the data tests need: pictures, tars, a config resolved for a data set."""
+"""Makes what the data tests need: pictures, tars, a config resolved for a data set. And looks at what they leave open."""
 
 import io
 import tarfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,3 +78,12 @@ def setting(dataset: Dataset, world_size: int = 1, val: Dataset | None = None, *
         }
     )
     return Setting(config, resolve(config, world_size, facts(dataset, val), Hardware("cpu", "test", False)))
+
+
+def open_files(folder: Path) -> list[str]:
+    """Descriptors of this process that lead to a file of a folder; those of other tests' threads are not counted."""
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            found.append(str(descriptor.readlink()))
+    return [path for path in found if path.startswith(f"{folder}/")]

@@ -1,8 +1,11 @@
 """A real HTTP server on loopback that serves a folder with ranges and etags, and misbehaves when told to."""
 
+import fcntl
 import hashlib
 import re
 import socket
+import struct
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
+
+from patience import PATIENCE, wait_until
 
 
 class Request(NamedTuple):
@@ -79,11 +84,17 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def reset(self) -> None:
-        """End the connection with a TCP reset."""
+        """End the connection with a TCP reset, once the peer has what was sent: the system would throw it away."""
         self.wfile.flush()
+        wait_until(lambda: not self._on_its_way())
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         self.close_connection = True
         self.connection.close()
+
+    def _on_its_way(self) -> int:
+        """Bytes that the peer's system has not acknowledged."""
+        (count,) = struct.unpack("i", fcntl.ioctl(self.connection, termios.TIOCOUTQ, bytes(4)))
+        return int(count)
 
 
 class StoreServer(ThreadingHTTPServer):
@@ -94,6 +105,7 @@ class StoreServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder = folder
         self.etags = True
+        self.ended = threading.Event()
         self.requests: list[Request] = []
         self.fault: Callable[[Request], Fault | None] = lambda request: None
 
@@ -121,6 +133,7 @@ def serving(folder: Path) -> Iterator[StoreServer]:
     try:
         yield server
     finally:
+        server.ended.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -133,8 +146,6 @@ def unavailable(handler: Handler, body: bytes, is_range: bool) -> None:
 def resets_half_way(handler: Handler, body: bytes, is_range: bool) -> None:
     handler.head(206 if is_range else 200, len(body))
     handler.wfile.write(body[: len(body) // 2])
-    handler.wfile.flush()
-    time.sleep(0.1)  # a reset overtakes what the peer has not taken yet
     handler.reset()
 
 
@@ -142,11 +153,11 @@ def stalls_half_way(handler: Handler, body: bytes, is_range: bool) -> None:
     handler.head(206 if is_range else 200, len(body))
     handler.wfile.write(body[: len(body) // 2])
     handler.wfile.flush()
-    time.sleep(30)
+    handler.server.ended.wait(PATIENCE)
 
 
 def stalls_at_once(handler: Handler, body: bytes, is_range: bool) -> None:
-    time.sleep(30)
+    handler.server.ended.wait(PATIENCE)
 
 
 def drips(handler: Handler, body: bytes, is_range: bool) -> None:

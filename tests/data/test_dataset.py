@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made import sample_members, write_tar
+from patience import PATIENCE
 
 from pretrain.data import contact, facts, open_dataset
 from pretrain.data.scan import index_folder
@@ -93,7 +94,7 @@ def test_several_processes_at_first_contact_index_once(copied, train_set):
         subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
-    assert {process.communicate(timeout=60)[0].strip() for process in started} == {train_set.digest}
+    assert {process.communicate(timeout=PATIENCE)[0].strip() for process in started} == {train_set.digest}
 
 
 def test_tars_in_a_folder_that_cannot_be_written_are_indexed_in_the_cache(

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
+from patience import PATIENCE
 from PIL import Image
 
 from pretrain.data import decode as decoding
@@ -295,7 +296,7 @@ def test_nothing_is_printed_of_damaged_files():
     folder = str(Path(__file__).parent)
     script = f"import sys; sys.path.insert(0, {folder!r}); import test_jpeg_box as t; t.check_damage(3, 100)"
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=60
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=PATIENCE
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made import picture, sample_members, setting, write_tar
+from made import open_files, picture, sample_members, setting, write_tar
+from patience import PATIENCE, wait_until
 from PIL import Image
 
 from pretrain.batch import Batch
@@ -21,6 +22,7 @@ from pretrain.data import Dataset, open_dataset, open_training
 from pretrain.data import decode as decoding
 from pretrain.data.augment import EvalView, TrainView
 from pretrain.data.decode import decode, decoder
+from pretrain.data.fill import Filler
 from pretrain.data.loader import EvalLoader, TrainLoader
 from pretrain.data.read import LocalReader
 from pretrain.data.scan import index_folder
@@ -122,7 +124,7 @@ def mixed(digits: Path) -> Iterator[tuple[Dataset, dict[str, object], list[Batch
     return dataset, options, global_batches(dataset, 1, 40, decode_threads=0, **options)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     steps=st.lists(st.integers(1, 12), min_size=1, max_size=4),
     worlds=st.lists(st.integers(1, 8), min_size=4, max_size=4),
@@ -331,11 +333,12 @@ def test_no_thread_is_left_when_the_consumer_fails(train_set):
 
 
 def test_no_descriptor_is_left_behind(train_set):
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    folder = Path(train_set.paths[0]).parent
     for _ in range(3):
         with train_loader(train_set, decode_threads=2) as loader:
             list(islice(loader.steps(0), 5))
-    assert len(list(Path("/proc/self/fd").iterdir())) <= before
+            assert open_files(folder)
+        assert open_files(folder) == []
 
 
 def test_waiting_is_measured(train_set):
@@ -348,16 +351,26 @@ def test_waiting_is_measured(train_set):
     assert 0 < waited[0] < waited[1] < waited[2]
 
 
-def test_prefetched_steps_are_ready_when_asked_for(train_set):
-    """With time to work ahead, the next steps cost no decoding in the caller."""
+def test_prefetched_steps_are_ready_when_asked_for(train_set, monkeypatch):
+    """With time to work ahead, the next steps come although nothing is decoded any more."""
+    fill, filled, going = Filler.fill, [], threading.Event()
+
+    def counted(filler: Filler, *rows: object) -> object:
+        assert going.wait(PATIENCE)
+        filled.append(rows)
+        return fill(filler, *rows)
+
+    monkeypatch.setattr(Filler, "fill", counted)
+    going.set()
     with train_loader(train_set, decode_threads=2, prefetch_steps=3) as loader:
         steps = loader.steps(0)
         next(steps)
-        idle = threading.Event()
-        idle.wait(0.5)
-        before = loader.wait_seconds
-        next(steps)
-        assert loader.wait_seconds - before < 0.1
+        wait_until(lambda: len(filled) == 1 + 3)
+        going.clear()
+        for _ in range(3):
+            next(steps)
+        assert len(filled) == 1 + 3
+        going.set()
 
 
 @pytest.mark.gpu

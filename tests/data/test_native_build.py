@@ -8,6 +8,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 MODULE = "pretrain/data/_jpegbox" + sysconfig.get_config_var("EXT_SUFFIX")
@@ -41,7 +42,7 @@ def clone(tmp_path) -> Path:
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
     done = subprocess.run(
         [sys.executable, *map(str, command)],
-        cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=120,
+        cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -1,6 +1,7 @@
 """Shard tools over several processes: killed at any moment and started again, a full disk, a worker that dies."""
 
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -16,6 +17,7 @@ import psutil
 import pytest
 from jobs import bug, die, square
 from made import picture, sample_members, write_tar
+from patience import PATIENCE, lives, wait_until
 from test_sources import hugging_face
 from typed import contents, done, image_folder, refused, samples
 
@@ -23,27 +25,57 @@ from pretrain.data import open_dataset, pool
 from pretrain.errors import DataError
 
 PROGRAM = (sys.executable, "-m", "pretrain", "shards")
+HELD = """
+import runpy, sys, time
+from pathlib import Path
+from pretrain.data import pool
+
+run, left, go = pool.run, int(sys.argv.pop(1)), Path(sys.argv.pop(1))
+
+def held(*given):
+    global left
+    for outcome in run(*given):
+        yield outcome
+        left -= 1
+        while left == 0 and not go.exists():
+            time.sleep(0.01)
+
+pool.run = held
+runpy.run_module("pretrain", run_name="__main__", alter_sys=True)
+"""
+"""`python -m pretrain`, which takes in so many outcomes of its workers, and no more before a file is there."""
 
 
 def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*PROGRAM, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+    return popen([*PROGRAM, *map(str, arguments)], **options)
+
+
+def popen(command: list[str], **options: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def start_held(outcomes: int, go: Path, *arguments: object, **options: object) -> subprocess.Popen[str]:
+    """A command with two workers that is not over before it is let: see `HELD`."""
+    words = [str(outcomes), str(go), "shards", *map(str, arguments), "--workers", "2"]
+    return popen([sys.executable, "-c", HELD, *words], **options)
 
 
 def start_and_kill(folder: Path, pattern: str, more: int, *arguments: object) -> None:
     """Start two workers, SIGKILL the command once `folder` has some more files; none of its workers outlives it."""
-    before = count(folder, pattern)
-    process = start(*arguments, "--workers", 2)
-    while count(folder, pattern) < before + more:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.001)
+    wanted = count(folder, pattern) + more
+    process = start_held(wanted, Path("/nowhere/go"), *arguments)
+    wait_for(process, lambda: count(folder, pattern) >= wanted)
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert len(workers) >= 2
-    _, alive = psutil.wait_procs(workers, timeout=10)
-    assert alive == []
+    wait_until(lambda: not any(map(lives, workers)))
+
+
+def wait_for(process: subprocess.Popen[str], holds: Callable[[], object]) -> None:
+    """Until something is so, which a process is to bring about."""
+    wait_until(lambda: process.poll() is not None or holds())
+    assert process.poll() is None, process.communicate()
 
 
 def count(folder: Path, pattern: str) -> int:
@@ -155,22 +187,22 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, workers, digits_so
 
 def test_two_packs_to_one_place_do_not_meet(tmp_path):
     source, out = image_folder(tmp_path / "images", per_class=300), tmp_path / "out"
-    process = start("pack", source, out, "--shards", 40, "--workers", 2)
-    while not count(tmp_path / ".out.partial" / "notes", "*.json"):
-        time.sleep(0.001)
+    process = start_held(1, tmp_path / "go", "pack", source, out, "--shards", 40)
+    wait_for(process, lambda: count(tmp_path / ".out.partial" / "notes", "*.json"))
     refused("another process is packing", "pack", source, out)
-    assert process.wait() == 0
+    (tmp_path / "go").touch()
+    _, words = process.communicate()
+    assert process.returncode == 0, words
     assert len(samples(out / "train")) == 900
 
 
 def test_ctrl_c_ends_a_pack_at_once_and_keeps_what_is_finished(tmp_path):
     source, out = image_folder(tmp_path / "images", per_class=500), tmp_path / "out"
     notes = tmp_path / ".out.partial" / "notes"
-    process = start("pack", source, out, "--shards", 100, "--workers", 2, start_new_session=True)
-    while not count(notes, "*.json"):
-        time.sleep(0.001)
+    process = start_held(1, tmp_path / "go", "pack", source, out, "--shards", 100, start_new_session=True)
+    wait_for(process, lambda: count(notes, "*.json"))
     os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the workers too
-    _, words = process.communicate(timeout=10)
+    _, words = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert "Traceback" not in words
     assert count(notes, "*.json")
@@ -275,12 +307,13 @@ def test_the_first_process_is_deaf_from_birth_too(monkeypatch):
 
 
 def test_workers_end_when_nobody_listens_any_more():
+    others = multiprocessing.active_children()
     outcomes = pool.run(square, range(1000), 2)
     next(outcomes)
-    workers = [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+    workers = [worker for worker in multiprocessing.active_children() if worker not in others]
     assert len(workers) == 2
     outcomes.close()
-    assert not any(worker.is_running() for worker in workers)
+    assert not any(worker.is_alive() for worker in workers)
 
 
 def test_workers_of_the_tools_import_nothing_heavy():

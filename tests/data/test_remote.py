@@ -20,6 +20,7 @@ import store_server as faults
 import tiny
 import torch
 from made import setting
+from patience import PATIENCE, wait_until
 from ranks import launch
 from store_server import StoreServer, serving
 from test_resume import config
@@ -27,7 +28,7 @@ from test_resume import config
 from launch.preflight import _see_shards
 from pretrain.config import DataConfig, dump
 from pretrain.config.idle import idle_settings
-from pretrain.data import Dataset, open_dataset
+from pretrain.data import Dataset, open_dataset, store
 from pretrain.data.blocks import Blocks
 from pretrain.data.cache import NodeCache
 from pretrain.data.loader import EvalLoader, TrainLoader
@@ -53,7 +54,9 @@ def remote(server) -> Dataset:
 
 
 def data_config(**settings: object) -> DataConfig:
-    return DataConfig.model_validate({"train": {"shards": "unused"}, "read_timeout_seconds": 1.5, **settings})
+    return DataConfig.model_validate(
+        {"train": {"shards": "unused"}, "read_timeout_seconds": PATIENCE, **settings}
+    )
 
 
 def read(dataset: Dataset, numbers: np.ndarray, **settings: object) -> list[tuple[str, bytes, int]]:
@@ -216,10 +219,7 @@ def test_blocks_of_coming_steps_are_fetched_before_they_are_due(server, remote):
     requests = iter([remote.locate(np.arange(start, start + 3)) for start in range(0, 60, 3)])
     try:
         first = next(announced(requests, lambda places: places, reader))
-        deadline = time.monotonic() + 10
-        while sum(tars(server).values()) < 3 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert sum(tars(server).values()) >= 3  # though nothing was read yet
+        wait_until(lambda: sum(tars(server).values()) >= 3)  # though nothing was read yet
         assert not reader.has_room(*remote.locate(np.arange(60)))
         assert sum(tars(server).values()) < 60 // BLOCK  # bounded in bytes
         reader.read(*first)
@@ -240,7 +240,7 @@ def test_a_walk_that_is_left_takes_no_room_from_the_next():
 
 def test_closing_ends_who_waits_for_a_block_that_has_not_begun():
     going = threading.Event()
-    blocks: Blocks[int, int] = Blocks(lambda key: going.wait(10) and key, lambda key: 1, 10, threads=1)
+    blocks: Blocks[int, int] = Blocks(lambda key: going.wait(PATIENCE) and key, lambda key: 1, 10, threads=1)
     blocks.announce(1)
     blocks.announce(2)
     failed: list[BaseException] = []
@@ -255,7 +255,7 @@ def test_closing_ends_who_waits_for_a_block_that_has_not_begun():
     thread.start()
     time.sleep(0.05)
     blocks.close()
-    thread.join(5)
+    thread.join(PATIENCE / 2)
     going.set()
     assert not thread.is_alive()
     assert "the reader was closed" in str(failed[0])
@@ -337,12 +337,15 @@ def test_missing_objects_and_a_missing_manifest_say_what_to_do(server, remote):
         open_dataset(server.url)
 
 
-def test_the_preflight_of_a_job_reads_a_little_of_a_store_and_names_what_it_cannot(server, remote):
-    config = setting(remote, read_timeout_seconds=1.0).config
+def test_the_preflight_of_a_job_reads_a_little_of_a_store_and_names_what_it_cannot(
+    server, remote, monkeypatch
+):
+    config = setting(remote).config
     _see_shards(config)
     assert server.requests[-1].range == "bytes=0-511"
     server.always(faults.unavailable, ".tar")
-    with pytest.raises(DataError, match=r"train-000000\.tar: not read within 1 seconds"):
+    monkeypatch.setattr(store, "pause_after", lambda *_: 1e9)
+    with pytest.raises(DataError, match=r"train-000000\.tar: not read within \d+ seconds"):
         _see_shards(config)
 
 
@@ -352,10 +355,10 @@ def test_a_dead_store_ends_training_with_an_error_in_time(server, remote):
     began = time.monotonic()
     with (
         TrainLoader(remote, made.config.data, made.config.model, made.plan, seed=5, rank=0) as loader,
-        pytest.raises(DataError, match=r"\.tar: not read within 1 seconds"),
+        pytest.raises(DataError, match=r"\.tar(\.idx)?: not read within 1 seconds"),
     ):
         next(loader.steps(0))
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < PATIENCE / 2
 
 
 def test_too_little_memory_or_cache_for_the_order_is_refused_before_a_read(server, remote, tmp_path):
@@ -504,7 +507,7 @@ def test_four_processes_on_a_node_download_each_block_and_index_once(server, rem
         told = [process.stdout.readline().split() for process in processes]
     finally:
         for process in processes:
-            process.communicate(timeout=60)
+            process.communicate(timeout=PATIENCE)
     assert {int(labels) for labels, _ in told} == {sum(label for _, _, label in whole)}
     assert set(Counter((r.path, r.range) for r in server.requests).values()) == {1}
     assert len(server.requests) == blocks_of(remote) + len(remote.shards)
@@ -517,9 +520,7 @@ def test_a_process_killed_in_a_download_leaves_nothing_wrong(server, remote, who
     process = start(server, tmp_path / "cache", 0)
     process.stdin.write("go\n")
     process.stdin.flush()
-    deadline = time.monotonic() + 30
-    while len(tars(server)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: len(tars(server)) >= 3)
     process.kill()
     process.wait()
     server.fault = lambda request: None
@@ -588,8 +589,9 @@ def test_four_independent_processes_keep_one_bound_while_each_holds_all_it_claim
         for process in processes:
             process.stdin.write("go\n")
             process.stdin.flush()
-        most = 0
-        while not all(select.select([process.stdout], [], [], 0)[0] for process in processes):
+        most, are_done = 0, False
+        while not are_done:
+            are_done = all(select.select([process.stdout], [], [], 0)[0] for process in processes)
             with (tmp_path / "usage").open() as file:
                 fcntl.flock(
                     file, fcntl.LOCK_EX
