@@ -8,9 +8,13 @@ from pathlib import Path
 
 from pretrain.config import RunConfig, TrackingConfig
 from pretrain.tracking import Tracker
+from pretrain.tracking import tracker as tracking
 
 
 def main(run_dir: str, uri: str, from_step: str, to_step: str, scale: str) -> None:
+    tracking.SERVER_GRACE_SECONDS = tracking.WAIT_SECONDS = (
+        280.0  # a busy machine takes long to import mlflow
+    )
     tracker = Tracker.start(
         Path(run_dir),
         TrackingConfig(uri=uri),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from mlflow_server import Server
+from patience import let_runs_deliver
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +32,12 @@ def server(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def database(template: Path, tmp_path: Path) -> Path:
     """An embedded store with nothing in it."""
     return Path(shutil.copy(template, tmp_path / "mlflow.db"))
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this process deliver all that they have before they end."""
+    let_runs_deliver(monkeypatch.setattr)
 
 
 @pytest.fixture

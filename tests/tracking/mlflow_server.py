@@ -2,13 +2,15 @@
 
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
 from pathlib import Path
+
+from patience import PATIENCE
+from ports import free_port
 
 
 class Server:
@@ -18,9 +20,7 @@ class Server:
         self.folder = folder
         self.database = folder / "server.db"
         self.database.write_bytes(template.read_bytes())
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -36,7 +36,7 @@ class Server:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **quiet}
             )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while not self._answers():
             assert self._process.poll() is None, (self.folder / "server.log").read_text()
             assert time.monotonic() < deadline, (self.folder / "server.log").read_text()
@@ -51,7 +51,7 @@ class Server:
 
     def _answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=30) as answer:
                 return bool(answer.status == 200)
         except OSError:
             return False
@@ -97,13 +97,5 @@ class Stored:
         return str(status)
 
     def _ask(self, query: str, *values: str) -> list[tuple]:
-        with sqlite3.connect(self._database, timeout=20) as connection:
+        with sqlite3.connect(self._database, timeout=PATIENCE) as connection:
             return connection.execute(query, values).fetchall()
-
-
-def wait_until(holds, seconds: float = 60.0) -> None:
-    """Poll `holds()`; the deadline is for a test that would fail anyway."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.1)

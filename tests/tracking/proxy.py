@@ -7,6 +7,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
+from patience import PATIENCE
+
 Mode = Literal["pass", "drop", "reset", "stall", "500", "503", "slow", "lost"]
 
 SLOW_SECONDS = 0.3
@@ -71,7 +73,7 @@ class Proxy:
                 self._answer(asked, status, answer)
 
     def _forward(self, asked: BaseHTTPRequestHandler, body: bytes) -> tuple[int, bytes]:
-        upstream = http.client.HTTPConnection("127.0.0.1", self.server_port, timeout=30)
+        upstream = http.client.HTTPConnection("127.0.0.1", self.server_port, timeout=PATIENCE)
         headers = {name: value for name, value in asked.headers.items() if name != "Connection"}
         try:
             upstream.request(asked.command, asked.path, body, headers)

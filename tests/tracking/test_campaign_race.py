@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from mlflow_server import Stored
+from patience import PATIENCE
 
 from pretrain.tracking import Journal, store
 from pretrain.tracking.deliver import Drainer, deliver
@@ -41,7 +42,7 @@ def test_runs_that_begin_together_find_one_parent(
         )
         journal.close("FINISHED")
         asking.wait()
-        assert deliver(Drainer(run_dir, uri), lambda: True, 120.0)
+        assert deliver(Drainer(run_dir, uri), lambda: True, PATIENCE)
         return Stored(database, run_dir).tags()["mlflow.parentRunId"]
 
     MlflowClient(uri).create_experiment("e")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from mlflow_server import Stored, wait_until
+from mlflow_server import Stored
+from patience import PATIENCE, wait_until
 
 from pretrain.config import RunConfig, TrackingConfig
 from pretrain.tracking import Journal, Tracker, progress
@@ -19,13 +20,13 @@ from pretrain.tracking.journal import MAX_ARTIFACT_BYTES
 
 
 def drain(run_dir: Path, database: Path, **options) -> Stored:
-    assert deliver(Drainer(run_dir, f"sqlite:///{database}", **options), lambda: True, 20.0)
+    assert deliver(Drainer(run_dir, f"sqlite:///{database}", **options), lambda: True, PATIENCE)
     return Stored(database, run_dir)
 
 
 def sync(run_dir: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pretrain", "track", "sync", str(run_dir), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def test_every_point_arrives_once_and_again_changes_nothing(write, database):
@@ -75,10 +76,10 @@ def test_an_attempt_that_begins_during_an_outage_is_known_before_what_it_replace
 ):
     run_dir = write(range(1, 6), status=None)
     drainer = Drainer(run_dir, f"sqlite:///{database}")
-    assert deliver(drainer, lambda: True, 20.0)
+    assert deliver(drainer, lambda: True, PATIENCE)
     write(range(6, 11), from_step=5, status=None)  # none of it arrives before the next attempt begins
     write(range(8, 12), lambda step: -step, from_step=7)
-    assert deliver(drainer, lambda: True, 20.0)
+    assert deliver(drainer, lambda: True, PATIENCE)
     points = Stored(database, run_dir).points("train/loss")
     assert points == [(step, step if step < 8 else -step) for step in range(1, 12)]
 
@@ -148,12 +149,12 @@ def test_a_poisoned_line_is_set_aside_alone(write, database):
 def test_a_store_that_went_back_in_time_gets_everything_again(write, template, database):
     run_dir = write(range(1, 20), status=None)
     drainer = Drainer(run_dir, f"sqlite:///{database}")
-    assert deliver(drainer, lambda: True, 20.0)
+    assert deliver(drainer, lambda: True, PATIENCE)
     with sqlite3.connect(database) as connection:
         for table in ("metrics", "latest_metrics", "tags", "params", "runs"):
             connection.execute(f"DELETE FROM {table}")
     write(range(20, 30), from_step=19)
-    assert deliver(drainer, lambda: True, 20.0)
+    assert deliver(drainer, lambda: True, PATIENCE)
     assert Stored(database, run_dir).points("train/loss") == [(step, step) for step in range(1, 30)]
 
 
@@ -168,7 +169,7 @@ def test_a_run_deleted_in_mlflow_waits_until_it_is_restored(write, database):
     assert not deliver(drainer, lambda: True, 0.5)
     assert "restore it" in (progress.read(run_dir) or progress.Delivered("")).error
     client.restore_run(run_id)
-    assert deliver(drainer, lambda: True, 20.0)
+    assert deliver(drainer, lambda: True, PATIENCE)
     assert [step for step, _ in Stored(database, run_dir).points("train/loss")] == list(range(1, 9))
     assert not (run_dir / "tracking" / "dead_letter.jsonl").exists()
 
@@ -188,11 +189,8 @@ def test_stages_of_a_campaign_lie_below_one_parent_whatever_its_name(tmp_path, d
     assert run.info.status == "FINISHED"
 
 
-def test_a_new_embedded_store_lies_where_the_config_says_and_nowhere_else(tmp_path, monkeypatch):
+def test_a_new_embedded_store_lies_where_the_config_says_and_nowhere_else(tmp_path, monkeypatch, patient):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "pretrain.tracking.tracker.WAIT_SECONDS", 60.0
-    )  # a busy machine takes long to make tables
     run_dir = tmp_path / "runs" / "vit" / "stage"
     config = RunConfig(dir="runs/vit/stage", campaign="vit")
     tracker = Tracker.start(
@@ -220,8 +218,7 @@ def test_a_new_embedded_store_lies_where_the_config_says_and_nowhere_else(tmp_pa
     assert [path.name for path in (tmp_path / "runs" / "mlartifacts").rglob("*.json")] == ["summary.json"]
 
 
-def test_a_delivering_process_that_was_killed_is_started_again(tmp_path, database, monkeypatch, caplog):
-    monkeypatch.setattr("pretrain.tracking.tracker.WAIT_SECONDS", 60.0)
+def test_a_delivering_process_that_was_killed_is_started_again(tmp_path, database, patient, caplog):
     config = TrackingConfig(uri=f"sqlite:///{database}")
     tracker = Tracker.start(tmp_path / "run", config, RunConfig(dir="run"), params={"lr": 1.0}, tags={})
     with caplog.at_level("WARNING", "pretrain"):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from mlflow_server import Server, Stored
+from patience import PATIENCE
 
 from pretrain.tracking import Journal, journal, progress, records
 from pretrain.tracking.deliver import Drainer, deliver
@@ -17,7 +18,7 @@ from pretrain.tracking.journal import journal_path, restored_path
 
 
 def drain(run_dir: Path, uri: str, **options: bool) -> None:
-    assert deliver(Drainer(run_dir, uri, **options), lambda: True, 30.0)
+    assert deliver(Drainer(run_dir, uri, **options), lambda: True, PATIENCE)
 
 
 def attempt(
@@ -100,11 +101,11 @@ def test_who_delivered_before_the_cut_learns_of_what_came_after_it(database: Pat
     """A watcher keeps what it knows of a run for as long as it goes round."""
     run, watcher = tmp_path / "run", Drainer(tmp_path / "run", f"sqlite:///{database}")
     attempt(run, range(1, 11), from_step=0, perf=100.0, status=None)
-    assert deliver(watcher, lambda: True, 20.0)
+    assert deliver(watcher, lambda: True, PATIENCE)
     cut(run, 8)
     attempt(run, range(6, 12), from_step=5, perf=50.0, status=None)
     attempt(run, range(9, 13), from_step=8, perf=50.0)
-    assert deliver(watcher, lambda: True, 20.0)
+    assert deliver(watcher, lambda: True, PATIENCE)
     stored = Stored(database, run)
     assert stored.points("train/loss") == [(step, step) for step in range(1, 13)]
     assert [speed for _, speed in stored.points("perf/speed")] == [100.0] * 10 + [50.0] * 2
@@ -180,7 +181,7 @@ def test_a_run_that_is_gone_from_mlflow_is_delivered_anew_also_where_only_its_en
     with sqlite3.connect(database) as connection:
         for table in ("metrics", "latest_metrics", "tags", "params", "runs"):
             connection.execute(f"DELETE FROM {table}")
-    assert deliver(drainer, lambda: True, 20.0)
+    assert deliver(drainer, lambda: True, PATIENCE)
     stored = Stored(database, run)
     assert [step for step, _ in stored.points("train/loss")] == [1, 2, 3]
     assert stored.status == "KILLED"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from mlflow_server import Stored
+from patience import PATIENCE
 
 from launch.progress import _last_metrics
 from pretrain.errors import ConfigError
@@ -117,7 +118,7 @@ def test_of_a_journal_full_of_damage_all_the_rest_arrives(write: Callable[..., P
         put_in(run_dir, damage)
     write(range(21, 31), from_step=20, status="FINISHED")
     put_in(run_dir, HOSTILE["not UTF-8"])
-    assert deliver(Drainer(run_dir, f"sqlite:///{database}"), lambda: True, 20.0)
+    assert deliver(Drainer(run_dir, f"sqlite:///{database}"), lambda: True, PATIENCE)
     stored = Stored(database, run_dir)
     assert stored.points("train/loss") == [(step, step) for step in range(1, 31)]
     assert (stored.status, stored.tags()["attempt"]) == ("FINISHED", "3")
@@ -184,7 +185,7 @@ def test_a_note_that_fits_another_journal_loses_nothing(
 ) -> None:
     run_dir = write(range(1, 4))
     progress.Delivered(f"sqlite:///{database}", offset).save(run_dir)
-    assert deliver(Drainer(run_dir, f"sqlite:///{database}"), lambda: True, 20.0)
+    assert deliver(Drainer(run_dir, f"sqlite:///{database}"), lambda: True, PATIENCE)
     assert Stored(database, run_dir).points("train/loss") == [(1, 1), (2, 2), (3, 3)]
     assert not (run_dir / "tracking" / "dead_letter.jsonl").exists()
 

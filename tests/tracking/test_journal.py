@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import PATIENCE
 
 from pretrain.errors import ConfigError, RunDirError
 from pretrain.tracking import Journal, journal, records
@@ -206,7 +207,7 @@ def test_damaged_lines_do_not_keep_a_run_from_going_on(tmp_path):
 def test_a_full_disk_is_named_and_leaves_whole_lines(tmp_path):
     process = multiprocessing.get_context("fork").Process(target=_fill_limited_disk, args=(tmp_path,))
     process.start()
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode == 0
     assert lines(tmp_path)[-1]["op"] == "metrics"
 

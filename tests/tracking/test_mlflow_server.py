@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from mlflow_server import wait_until
+from patience import PATIENCE, lives, wait_until
+from ports import free_port
 
 from launch import keep
 from launch.mlflow_server import allowed_hosts
@@ -27,23 +28,16 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | more
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def lives(member: psutil.Process) -> bool:
-    """Not so a zombie, which a slow process 1 has not looked at yet."""
+def words_of(process: psutil.Process) -> str:
     try:
-        return member.is_running() and member.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it is gone
+        return ""
 
 
 def ask(port: int, host: str, method: str = "GET", **headers: str) -> int:
     """The status of an answer to a request that calls the server `host`."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     path = "/api/2.0/mlflow/experiments/search?max_results=1"
     body = '{"max_results": 1}' if method == "POST" else None
     path = path.partition("?")[0] if method == "POST" else path
@@ -63,7 +57,7 @@ def test_it_starts_answers_those_it_should_and_ends_with_no_process_left(templat
         assert server.stdout is not None
         assert f"tracking.uri: http://head.cluster:{port}" in server.stdout.readline(), log.name
         family = psutil.Process(server.pid).children(recursive=True)
-        assert not any("huey" in " ".join(member.cmdline()) for member in family)
+        assert not any("huey" in words_of(member) for member in family)
 
         assert ask(port, f"head.cluster:{port}") == 200
         assert ask(port, f"127.0.0.1:{port}") == 200
@@ -74,14 +68,14 @@ def test_it_starts_answers_those_it_should_and_ends_with_no_process_left(templat
         assert ask(port, f"head.cluster:{port}", "POST", Origin="http://evil.com") == 403
         assert (tmp_path / "server.lock").stat().st_mode & 0o077 == 0
 
-        second = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment())
+        second = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment())
         assert second.returncode == 2
         assert "another server is running" in second.stderr
 
         server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0
+        assert server.wait(PATIENCE) == 0
         server.stdout.close()
-    assert not any(lives(member) for member in family)
+    wait_until(lambda: not any(lives(member) for member in family))
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
 
@@ -155,14 +149,14 @@ def test_what_a_killed_keeper_leaves_is_ended_from_outside(monkeypatch: pytest.M
     assert all(lives(member) for member in family)
     monkeypatch.setattr(keep, "END_SECONDS", 1.0)
     keep.end(keeper.pid)
-    assert not any(lives(member) for member in family)
+    wait_until(lambda: not any(lives(member) for member in family))
 
 
 @pytest.mark.parametrize("code", [0, 7])
 def test_a_command_that_ends_by_itself_ends_with_its_own_code(code: int):
     words = [sys.executable, "-m", "launch.keep", sys.executable, "-c", f"raise SystemExit({code})"]
     with subprocess.Popen(words, stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True) as keeper:
-        assert keeper.wait(60) == code
+        assert keeper.wait(PATIENCE) == code
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,18 @@ from pathlib import Path
 
 import psutil
 import pytest
-from mlflow_server import Server, Stored, wait_until
+from mlflow_server import Server, Stored
+from patience import PATIENCE, wait_until
+from ports import free_port
 
 from pretrain.config import RunConfig, TrackingConfig
 from pretrain.errors import ConfigError
 from pretrain.tracking import Tracker, progress
+from pretrain.tracking.tracker import SERVER_GRACE_SECONDS, WAIT_SECONDS
+
+SOON = 60
+"""Seconds, also on a busy machine, and fewer than whoever waits for a server that does not answer: a request takes up to
+120 s by itself, and is sent again."""
 
 
 def start(run_dir: Path, uri: str, **options) -> Tracker:
@@ -23,11 +30,11 @@ def start(run_dir: Path, uri: str, **options) -> Tracker:
 
 
 def log_steps(tracker: Tracker, steps: range) -> None:
-    """Not one call waits for a server: the slowest is far below a single attempt to reach it."""
+    """Not one call waits for a server."""
     for step in steps:
         began = time.monotonic()
         tracker.metrics(step, {"train/loss": 1 / step, "train/lr": 0.1})
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < SOON
 
 
 def has_trouble(run_dir: Path) -> bool:
@@ -40,7 +47,7 @@ def whole(first: int, last: int) -> list[tuple[int, float]]:
 
 
 def test_a_server_that_comes_late_dies_in_the_middle_and_returns_has_every_point_once(
-    server: Server, tmp_path
+    server: Server, tmp_path, patient
 ):
     server.kill()
     run_dir = tmp_path / "run"
@@ -124,30 +131,30 @@ def test_the_drainer_outlives_a_ctrl_c_of_the_trainer_but_not_the_trainer_for_lo
     trainer.kill()
     trainer.wait()
     wait_until(lambda: stored.status == "KILLED")
-    drainer.wait(30)
+    drainer.wait(PATIENCE)
 
 
 def test_a_dead_server_holds_the_end_up_for_seconds_only_and_nothing_is_lost(
-    server: Server, tmp_path, caplog
+    server: Server, tmp_path, caplog, monkeypatch
 ):
-    with socket.create_server(("127.0.0.1", 0)) as closing:
-        nobody = f"http://127.0.0.1:{closing.getsockname()[1]}"
+    assert SERVER_GRACE_SECONDS < WAIT_SECONDS < 30  # when launchers kill
+    monkeypatch.setattr("pretrain.tracking.tracker.SERVER_GRACE_SECONDS", 2.0)
     run_dir = tmp_path / "run"
-    tracker = start(run_dir, nobody)
+    tracker = start(run_dir, f"http://127.0.0.1:{free_port()}")
     log_steps(tracker, range(1, 101))
     wait_until(lambda: has_trouble(run_dir))
     began = time.monotonic()
     with caplog.at_level("WARNING", "pretrain"):
         tracker.sync()
         tracker.finish("FINISHED")
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < SOON
     assert "they are kept and delivered later" in caplog.text
     assert f"pretrain track sync {run_dir}" in caplog.text
     assert progress.count_unsent(run_dir) == 105
 
     server.start()
     command = [sys.executable, "-m", "pretrain", "track", "sync", str(run_dir), "--uri", server.uri]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     stored = Stored(server.database, run_dir)
     assert stored.points("train/loss") == whole(1, 100)
@@ -160,12 +167,12 @@ def test_a_server_that_accepts_and_never_answers_blocks_nobody(tmp_path, monkeyp
         run_dir = tmp_path / "run"
         tracker = start(run_dir, f"http://127.0.0.1:{silent.getsockname()[1]}")
         log_steps(tracker, range(1, 101))
-        silent.settimeout(60)
+        silent.settimeout(PATIENCE)
         asked, _ = silent.accept()
         with asked:  # a request is waiting for its answer
             began = time.monotonic()
             tracker.finish("KILLED")
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < SOON
     assert progress.count_unsent(run_dir) == 105
 
 

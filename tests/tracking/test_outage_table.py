@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from mlflow_server import Server, Stored, wait_until
+from mlflow_server import Server, Stored
+from patience import PATIENCE, wait_until
 from proxy import Proxy
 
 from pretrain.config import RunConfig, TrackingConfig
@@ -107,7 +108,7 @@ def in_threads(kind: str, run_dir: Path, server: Server) -> None:
     with proxied(server) as proxy:
         pen = Pen(run_dir, None)
         drainer = Drainer(run_dir, proxy.uri)
-        thread = threading.Thread(target=deliver, args=(drainer, ended.is_set, 30.0), daemon=True)
+        thread = threading.Thread(target=deliver, args=(drainer, ended.is_set, PATIENCE), daemon=True)
         thread.start()
         stored = Stored(server.database, run_dir)
         go_through(
@@ -115,7 +116,7 @@ def in_threads(kind: str, run_dir: Path, server: Server) -> None:
         )
         pen.tracker.finish("FINISHED")
         ended.set()
-        thread.join(60)
+        thread.join(PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def outcomes(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(100)
+            thread.join(PATIENCE)
     return {kind: compare(folder / kind, server) for kind in KINDS}
 
 
@@ -156,14 +157,14 @@ def test_two_drainers_of_one_run_at_once_deliver_every_point_once(server: Server
     for drainer in drainers:
         drainer._batch = 20
     threads = [
-        threading.Thread(target=module.deliver, args=(drainer, lambda: True, 30.0), daemon=True)
+        threading.Thread(target=module.deliver, args=(drainer, lambda: True, PATIENCE), daemon=True)
         for drainer in drainers
     ]
     pen.tracker.finish("FINISHED")
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE)
     assert compare(tmp_path / "run", server) == WHOLE
 
 
@@ -189,7 +190,7 @@ def finish(kind: str, pen: Pen, run_dir: Path, server: Server, late: bool = Fals
         if late:
             server.start()
         command = [sys.executable, "-m", "pretrain", "track", "sync", str(run_dir), "--uri", server.uri]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert done.returncode == 0, done.stderr
     times = [1000 * second for second in pen.seconds]
     return Row(
@@ -254,7 +255,7 @@ def trainer_dies(run_dir: Path, server: Server) -> Row:
             file.write(b'{"op":"metrics","attempt":1,"step":171,"val')
         proxy.mode = "pass"
         began = time.perf_counter()
-        subprocess.run([*command, "140", str(STEPS), "1"], input=b"", timeout=120, check=True)
+        subprocess.run([*command, "140", str(STEPS), "1"], input=b"", timeout=PATIENCE, check=True)
         seconds = time.perf_counter() - began
     outcome = compare(run_dir, server)
     return Row("trainer killed", outcome, float("nan"), float("nan"), seconds, "")

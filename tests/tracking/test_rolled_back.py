@@ -5,7 +5,8 @@ from pathlib import Path
 
 from digits import digits
 from mlflow import MlflowClient
-from mlflow_server import Server, Stored, wait_until
+from mlflow_server import Server, Stored
+from patience import let_runs_deliver, wait_until
 from ranks import Ranks, on_ranks
 from test_resume import TOTAL, config, journal
 from test_rollback import faulty
@@ -22,6 +23,7 @@ BAD = 9
 
 def train_with_a_nan(ranks: Ranks, cfg: Config, database: Path) -> list[tuple[str, int]]:
     """Rank 0 computes the bad step once all before it has reached MLflow."""
+    let_runs_deliver()
     go_on = Trainer._train_step
     run = Path(cfg.run.dir)
 

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from mlflow_server import Stored, wait_until
+from mlflow_server import Stored
+from patience import PATIENCE, wait_until
 
 from pretrain.config import RunConfig, TrackingConfig
 from pretrain.errors import UserError
@@ -39,8 +40,9 @@ def test_runs_below_a_folder_are_found_and_what_lies_in_them_is_not_searched(tmp
     assert list(find_runs(tmp_path / "b" / "one")) == [tmp_path / "b" / "one"]
 
 
-def test_a_watcher_delivers_beside_a_run_whose_own_process_has_no_route(tmp_path, database):
+def test_a_watcher_delivers_beside_a_run_whose_own_process_has_no_route(tmp_path, database, monkeypatch):
     """Both look at the same run directory: the run's own drainer fails, the watcher does not."""
+    monkeypatch.setattr("pretrain.tracking.tracker.SERVER_GRACE_SECONDS", 1.0)  # it will have no success
     runs = tmp_path / "runs"
     config = TrackingConfig(uri="http://127.0.0.1:9")  # nobody listens there
     tracker = Tracker.start(runs / "living", config, RunConfig(dir="x"), params={"lr": 0.1}, tags={})
@@ -65,7 +67,7 @@ def test_a_watcher_delivers_beside_a_run_whose_own_process_has_no_route(tmp_path
         wait_until(lambda: living.status == "FINISHED")
         watcher.send_signal(signal.SIGTERM)
         words = watcher.stderr.read()
-    assert watcher.wait(30) == 0
+    assert watcher.wait(PATIENCE) == 0
     assert f"{runs / 'living'}: everything is in MLflow, and it has ended: FINISHED" in words
     assert "stopped" in words
     assert "Traceback" not in words
@@ -137,6 +139,8 @@ def test_a_run_that_has_ended_is_looked_into_again_when_it_goes_on(tmp_path, dat
 )
 def test_a_watch_that_cannot_be_kept_is_refused(tmp_path, arguments, complaint):
     command = [sys.executable, "-m", "pretrain", "track", "sync", *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert done.returncode == 7
     assert complaint in done.stderr
