@@ -5,6 +5,7 @@ claim more CPUs than there are: the jobs of the tests mostly wait. Times that si
 cred_expire, which a requeued job waits for, is at its least.
 """
 
+import contextlib
 import os
 import re
 import secrets
@@ -16,7 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ranks import free_port
+from patience import PATIENCE
+from ports import free_port
 
 SBIN = "/usr/sbin:/sbin"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
@@ -51,9 +53,11 @@ PriorityType=priority/basic
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
-KillWait=15
+KillWait=60
 MinJobAge=3600
-SlurmdTimeout=6
+SlurmdTimeout=300
+MessageTimeout=60
+BatchStartTimeout=120
 ReturnToService=2
 RebootProgram=/bin/true
 MailProg=/bin/true
@@ -86,7 +90,7 @@ class Cluster:
 
     def run(self, *command: str, env: dict[str, str] | None = None) -> str:
         done = subprocess.run(
-            command, env=self.env if env is None else env, capture_output=True, text=True, timeout=60
+            command, env=self.env if env is None else env, capture_output=True, text=True, timeout=PATIENCE
         )
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout
@@ -124,7 +128,7 @@ class Cluster:
         self.run("slurmctld")
         for i in range(NODES):
             self.run("slurmd", "-N", f"node{i}")
-        wait_until(self._ready, "the nodes are ready", 60)
+        wait_until(self._ready, "the nodes are ready")
 
     def _ready(self) -> bool:
         done = subprocess.run(
@@ -150,7 +154,8 @@ class Cluster:
                     *variables
                 }:
                     yield int(process.name)
-                    yield from self._step_daemon(process)
+                    with contextlib.suppress(OSError):
+                        yield from self._step_daemon(process)
 
     @staticmethod
     def _step_daemon(task: Path) -> Iterator[int]:
@@ -159,15 +164,16 @@ class Cluster:
             yield int(parent.name)
 
     def lose(self, node: str) -> None:
-        """The node loses power: everything on it is gone at once."""
+        """The node loses power: everything on it is gone at once, and somebody sees it before `SlurmdTimeout` is over."""
         found = set(self.processes(node))
-        for process in found:
-            os.kill(process, signal.SIGSTOP)  # none sees another one die
-        for process in found:
-            os.kill(process, signal.SIGKILL)
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped, none sees another one die
+            for process in found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, number)
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
 
     def stop(self) -> None:
-        subprocess.run(["scancel", "-f", "-u", self.env["USER"]], env=self.env, timeout=60, check=False)
+        subprocess.run(["scancel", "-f", "-u", self.env["USER"]], env=self.env, timeout=PATIENCE, check=False)
         for node in (f"node{i}" for i in range(NODES)):
             self._end(self.folder / f"slurmd.{node}.pid", b"slurmd")
         self._end(self.folder / "slurmctld.pid", b"slurmctld")
@@ -179,12 +185,13 @@ class Cluster:
             return
         process = Path("/proc") / file.read_text().strip()
         deadline = time.monotonic() + 15
-        while process.is_dir() and program in (process / "cmdline").read_bytes():
-            os.kill(int(process.name), signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL)
-            time.sleep(0.2)
+        with contextlib.suppress(OSError):  # it has ended since it was looked at
+            while program in (process / "cmdline").read_bytes():
+                os.kill(int(process.name), signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL)
+                time.sleep(0.2)
 
 
-def wait_until(holds: Callable[[], bool], what: str, seconds: float = 240) -> None:
+def wait_until(holds: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"after {seconds} s it is still not so that {what}"

@@ -3,6 +3,8 @@
 import subprocess
 from pathlib import Path
 
+from patience import PATIENCE
+
 RECORDS = "calls"
 
 
@@ -26,7 +28,7 @@ def run_script(script: Path, folder: Path, **variables: str) -> "subprocess.Comp
         "SLURM_JOB_NODELIST": "node[0-1]",
         **variables,
     }
-    return subprocess.run(["bash", str(script)], cwd=folder, env=env, capture_output=True, timeout=60)
+    return subprocess.run(["bash", str(script)], cwd=folder, env=env, capture_output=True, timeout=PATIENCE)
 
 
 def calls(folder: Path) -> list[list[str]]:

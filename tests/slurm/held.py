@@ -1,7 +1,8 @@
 """`python -m MODULE ...` as the jobs of these tests start it: a training waits where a test wants to disturb it.
 
 In the first HOLD_RESTARTS attempts each rank waits in its HOLD_STEP-th step for a signal, or takes PACE_SECONDS for every
-step, or fails on BROKEN_NODE as a broken GPU does. Everything else is the product as it is.
+step, or fails on BROKEN_NODE as a broken GPU does. A training waits at its end until MLflow has all of it, which beside
+so many others takes more than it would wait. Everything else is the product as it is.
 """
 
 import os
@@ -38,5 +39,9 @@ if __name__ == "__main__":
     flag, module = sys.argv[1:3]
     assert flag == "-m"
     stop.StopFlag = Held  # type: ignore[misc]
+    if module == "pretrain.train":
+        from pretrain.tracking import tracker
+
+        tracker.FILE_GRACE_SECONDS = tracker.WAIT_SECONDS = 280.0
     sys.argv = sys.argv[2:]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import free_port
+from patience import PATIENCE
+from ports import free_port
 from test_resume import config
 
 from pretrain.config import dump
@@ -28,7 +28,7 @@ def start(ranks: dict[int, str], folder: Path, *options: str) -> list[tuple[int,
         }  # fmt: skip
         command = [sys.executable, "-m", "launch.preflight", path, *options]
         processes.append(subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True))
-    words = [process.communicate(timeout=120)[1] for process in processes]
+    words = [process.communicate(timeout=PATIENCE)[1] for process in processes]
     return [(process.returncode, text) for process, text in zip(processes, words, strict=True)]
 
 
@@ -44,7 +44,7 @@ def failure(run: Path, rank: int) -> dict[str, Any]:
 
 def test_ranks_that_have_everything_pass_and_leave_nothing(digits: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "c.yaml", tmp_path / "run", digits)
-    for code, words in start({0: path, 1: path}, tmp_path):
+    for code, words in start({0: path, 1: path}, tmp_path, "--seconds", str(PATIENCE)):
         assert code == 0, words
     assert not list((tmp_path / "run" / "logs").iterdir())
 
@@ -52,12 +52,10 @@ def test_ranks_that_have_everything_pass_and_leave_nothing(digits: Path, tmp_pat
 def test_a_rank_that_sees_no_shards_is_named_with_its_node(digits: Path, tmp_path: Path) -> None:
     """It fails at once; `srun --kill-on-bad-exit` ends those that wait for it."""
     path = write(tmp_path / "c.yaml", tmp_path / "run", tmp_path / "not-mounted")
-    began = time.monotonic()
-    ((code, words),) = start({1: path}, tmp_path)
+    ((code, words),) = start({1: path}, tmp_path, "--seconds", "10000")
     assert code == 10
     assert f"rank 1 on {CULPRIT} sees no shards" in words
     assert "Traceback" not in words
-    assert time.monotonic() - began < 20
     left = failure(tmp_path / "run", 1)
     assert (left["node"], left["retry"]) == (CULPRIT, False)
 

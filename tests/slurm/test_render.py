@@ -14,6 +14,7 @@ import yaml
 from fakes import calls, fake, run_script
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE
 
 from launch import plain
 from launch.job import Job, default_name, export_job, train_job
@@ -97,7 +98,7 @@ def rendered(folder: Path, text: dict[str, str]) -> str:
     )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     text=st.fixed_dictionaries(dict.fromkeys(FREE, TAKEN)),
     worst=st.tuples(st.sampled_from(FREE), TEXT),
@@ -131,7 +132,7 @@ def test_every_word_arrives_as_it_was_and_nothing_else_runs(
         judge = fake(folder, "judge", 'case "${@: -2}" in *begin) echo go ;; *) echo finished ;; esac')
         path = folder / "stage.sbatch"
         path.write_text(script.replace(f"judge=({plain.word(text['python'])} ", f"judge=({judge} "))
-        assert subprocess.run(["bash", "-n", str(path)], timeout=10).returncode == 0
+        assert subprocess.run(["bash", "-n", str(path)], timeout=PATIENCE).returncode == 0
         seen = ("OF_MINE", "PYTHONPATH", "MASTER_ADDR")
         fake(folder, "srun", *(f'printf %s "${name}" > {folder}/{name}' for name in seen))
         fake(folder, "scontrol", "printf '%s\\n' \"${@: -1}\"")

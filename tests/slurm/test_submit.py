@@ -12,6 +12,7 @@ import pytest
 import tiny
 import yaml
 from fakes import calls, fake
+from patience import PATIENCE
 
 from pretrain.config import Config, dump, load
 from pretrain.errors import RunDirError
@@ -61,7 +62,7 @@ class Desk:
             },
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE,
         )
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
@@ -195,7 +196,7 @@ def test_a_fine_tuning_waits_for_the_run_that_it_starts_from(desk: Desk) -> None
 )  # fmt: skip
 def test_the_wrappers_are_the_same_commands(wrapper: str, words: list[str], scripts: int, desk: Desk) -> None:
     path = ROOT / "launch" / wrapper
-    assert subprocess.run(["bash", "-n", str(path)], timeout=10).returncode == 0
+    assert subprocess.run(["bash", "-n", str(path)], timeout=PATIENCE).returncode == 0
     done = subprocess.run(
         [str(path), *words, "--profile", "site.yaml", "--dry-run"],
         cwd=desk.folder,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from fakes import fake
+from patience import PATIENCE
 from test_batch import REQUEUE, Stage
 from test_submit import Desk
 
@@ -150,7 +151,7 @@ def test_the_judge_needs_nothing_but_python(tmp_path: Path) -> None:
     """It runs on the host, where the packages that train may not be."""
     code = f"import sys; sys.path.insert(0, {str(CODE)!r}); import launch.attempt"
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code], cwd=tmp_path, capture_output=True, timeout=60
+        [sys.executable, "-I", "-S", "-c", code], cwd=tmp_path, capture_output=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
 
