@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import pytest
 import ranks as pool
 import torch
+from patience import PATIENCE
+from ports import free_port
 from test_bad_input import write
 from test_resume import config, journal
 
@@ -28,9 +30,9 @@ from pretrain.errors import ConfigError
 from pretrain.faults import KINDS, ON_RANK_0, POINTS, Fault
 
 TOTAL = 6
-TIMEOUT = 10
-"""Of a run in which a rank is frozen; the others get a minute, for a busy machine freezes them too."""
-LIMIT = 120.0
+TIMEOUT = 20
+"""Of a run in which a rank is frozen; the others get more, for a busy machine freezes them too."""
+LIMIT = float(PATIENCE)
 """A rank that lives longer hangs; the longest that one did live after the fault is printed by the long version."""
 
 SAVES = ("save", "write", "commit", "manifest", "rename", "latest")
@@ -69,12 +71,12 @@ def _start(environment: dict[str, str], *args: Any) -> None:
 def start(path: str, output: Path, fault: Fault | None) -> End:
     """The same command on two ranks; a rank that is frozen is ended when the other has gone, as a launcher does it."""
     output.mkdir(parents=True, exist_ok=True)
-    allowed = TIMEOUT if fault is not None and fault.kind == "SIGSTOP" else 60
+    allowed = TIMEOUT if fault is not None and fault.kind == "SIGSTOP" else PATIENCE // 2
     arguments = (path, f"engine.timeout_seconds={allowed}")
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     if fault is not None:
         environment[faults.VARIABLE] = ":".join(map(str, fault))
-    port = pool.free_port()
+    port = free_port()
     said = [output / f"rank_{rank}.txt" for rank in (0, 1)]
     processes = [
         pool._context.Process(
