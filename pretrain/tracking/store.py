@@ -30,6 +30,10 @@ UID_TAG = "run_uid"
 CAMPAIGN_TAG = "campaign_id"
 MAX_DIGEST = 36  # MLflow's limit
 
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+HISTORY_SECONDS = 60
+"""Of a request for a metric's history, which comes in pages of 25,000 points: seconds of a busy server's time."""
+
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS")
 _LOST = "RESOURCE_DOES_NOT_EXIST"
 _ERRORS = (mlflow.exceptions.MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError)
@@ -81,7 +85,7 @@ class MlflowRun:
     def newest_points(self, name: str, first: int) -> dict[int, tuple[float, int]]:
         """step -> (value, time) of a metric at step `first` and later: of several at one step the newest."""
         try:
-            with self._answering():
+            with self._answering(), _patience():
                 history = self._client.get_metric_history(self._run, name)
         except RefusedError:  # a name that MLflow cannot have
             return {}
@@ -187,6 +191,20 @@ class MlflowRun:
                 if _code(error) in _REFUSALS:
                     raise RefusedError(_message(error)) from error
             raise UnreachableError(_message(error)) from error
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """MLflow looks at the variable at each request."""
+    usual = os.environ.get(TIMEOUT)
+    os.environ[TIMEOUT] = str(max(HISTORY_SECONDS, int(usual or 0)))
+    try:
+        yield
+    finally:
+        if usual is None:
+            del os.environ[TIMEOUT]
+        else:
+            os.environ[TIMEOUT] = usual
 
 
 def _connect(uri: str) -> MlflowClient:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from mlflow_server import Server, Stored
 from patience import PATIENCE
 
@@ -68,6 +69,25 @@ def test_points_of_lines_that_a_power_cut_took_are_not_doubled(database: Path, t
     assert len(stored.run_ids) == 1
     drain(run, uri, from_start=True)
     assert stored.points("train/loss") == [(step, step) for step in range(1, 13)]
+
+
+@pytest.mark.parametrize(("usual", "of_a_history"), [("5", "60"), ("90", "90")])
+def test_a_long_history_is_given_more_time_than_a_point(
+    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, usual: str, of_a_history: str
+) -> None:
+    run, uri = delivered_and_cut(database, tmp_path, 8)
+    seen = []
+
+    def history(*_: object) -> list[object]:
+        seen.append(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"])
+        return []
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", usual)
+    monkeypatch.setattr(MlflowClient, "get_metric_history", history)
+    attempt(run, range(6, 13), from_step=5, perf=50.0)
+    drain(run, uri)
+    assert set(seen) == {of_a_history}
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == usual
 
 
 def test_a_kill_while_a_cut_journal_is_opened_does_not_hide_the_cut(
