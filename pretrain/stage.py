@@ -99,14 +99,9 @@ def run_stage(
             handed = _hand_off(config, config.init, ranks)
         engine = Engine(config, plan, ranks, log_file)
         if found is not None:
-            engine.restore(found.read, found.manifest.optimizer_steps)
-            found.close()
+            _restore(engine, found)
         elif handed is not None:
-            engine.write(handed.transfer.weights)
-            handed.source.close()
-            with ranks.together():
-                if tracker is not None:
-                    account.show_hand_off(handed.source, handed.transfer, directory, tracker)
+            _write_heirs(engine, handed, ranks, directory, tracker)
         else:
             engine.write(InitialWeights(config.model, config.run.seed))
         mirror = mirrors.opened(directory, config.checkpoint, ranks, journal_path(directory))
@@ -184,8 +179,7 @@ class _Attempt:
         if self.mirror is not None:
             self.mirror.go_back(found.manifest.step)
         start = _start_at(found, self.config, self.plan, self.data.train, self.allow_change)
-        self.engine.restore(found.read, found.manifest.optimizer_steps)
-        found.close()
+        _restore(self.engine, found)
         return start
 
 
@@ -281,6 +275,23 @@ def _hand_off(config: Config, init: InitConfig, ranks: Ranks) -> _HandOff:
     with ranks.together():
         made = transfer(source.weights, source.model, config.model, init, config.run.seed)
     return _HandOff(source, made)
+
+
+def _restore(engine: Engine, found: Slices) -> None:
+    """Put a checkpoint into the engine. All ranks."""
+    engine.restore(found.read, found.manifest.optimizer_steps)
+    found.close()
+
+
+def _write_heirs(
+    engine: Engine, handed: _HandOff, ranks: Ranks, directory: Path, tracker: Tracker | None
+) -> None:
+    """Put the weights of a hand-off into the engine, and say what they were made of. All ranks."""
+    engine.write(handed.transfer.weights)
+    handed.source.close()
+    with ranks.together():
+        if tracker is not None:
+            account.show_hand_off(handed.source, handed.transfer, directory, tracker)
 
 
 def _first_images(config: Config, ranks: Ranks) -> Tensor:

@@ -124,6 +124,7 @@ class Trainer:
         self._exchange = StepExchange(ranks)
         self._profile = StepProfile(config.profile, ranks, run_dir)
         self._waited = batches.wait_seconds
+        self._last_step: Mapping[str, Any] = {}
         self._stop_agreed = self._save_agreed = self._all_written = False
 
     def run(self) -> Outcome:
