@@ -44,7 +44,8 @@ def test_a_run_on_a_wiped_disk_ends_with_the_same_weights(digits: Path, tmp_path
     whole = config(tmp_path / "whole", digits, checkpoint={"every_steps": 3}, data={"val": None})
     cfg = mirrored(tmp_path / "run", digits, str(tmp_path / "mirror"))
     (tmp_path / "others").mkdir()
-    (tmp_path / "others" / "owner").write_text("0" * 32)  # every update fails
+    for name, word in (("owner", "0" * 32), ("latest", "step_00000003")):
+        (tmp_path / "others" / name).write_text(word)  # every update fails
     failing = mirrored(tmp_path / "failing", digits, str(tmp_path / "others"))
     ends = on_ranks(2, many_patiently, [(whole, 10**9), (cfg, 7), (failing, 10**9)])
     stopped = ends[0][1][1]
@@ -58,7 +59,7 @@ def test_a_run_on_a_wiped_disk_ends_with_the_same_weights(digits: Path, tmp_path
         assert all(torch.equal(value, expected[name]) for name, value in final(tmp_path / run).items()), run
     assert max(logged(tmp_path / "failing", "checkpoint/mirror_failures")) > 0
     assert max(logged(tmp_path / "failing", "checkpoint/mirror_lag_steps")) >= 3
-    assert [path.name for path in (tmp_path / "others").iterdir()] == ["owner"]
+    assert {path.name for path in (tmp_path / "others").iterdir()} == {"owner", "latest"}
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r["op"] for r in records if r["op"] in ("run", "attempt", "gap")] == [
         "run",
