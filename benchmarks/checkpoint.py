@@ -13,6 +13,7 @@ number of ranks.
 import multiprocessing
 import socket
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -30,6 +31,7 @@ from pretrain.checkpoint.save import Content, Saver
 from pretrain.config import Config, resolve
 from pretrain.config.plan import DataFacts
 from pretrain.config.sizes import SIZES
+from pretrain.data.pool import end_with_parent
 from pretrain.distributed import Ranks, joined
 from pretrain.engine import Engine
 from pretrain.hardware import detect
@@ -103,6 +105,7 @@ def _measure(size: str, world: int, stage: int) -> list[Costs]:
 
 
 def _rank(end: Connection, place: World, size: str, stage: int, folder: Path) -> None:
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     with joined(place, torch.device("cpu"), 300) as ranks:
         config = _config(size, stage, ranks.size)
