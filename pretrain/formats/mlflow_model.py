@@ -5,7 +5,6 @@ imports mlflow: a model is a folder, no run is touched.
 """
 
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config import ModelConfig
+from pretrain.environment import variable
 from pretrain.formats.files import CONFIG, About
 from pretrain.model import build
 
@@ -60,25 +60,11 @@ def write(folder: Path, weights: Mapping[str, Tensor], model: ModelConfig, about
 
 def load(folder: Path) -> Callable[[Tensor], Tensor]:
     """As a server would, with pickles forbidden."""
-    with _quiet(), _without_pickles():
+    with _quiet(), variable("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false"):
         import mlflow.pyfunc
 
         model = mlflow.pyfunc.load_model(str(folder))
     return lambda images: torch.from_numpy(np.array(model.predict(images.numpy())))
-
-
-@contextmanager
-def _without_pickles() -> Iterator[None]:
-    name = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 @contextmanager

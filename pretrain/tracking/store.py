@@ -19,6 +19,7 @@ import sqlalchemy.exc
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
+from pretrain.environment import variable
 from pretrain.redact import redact_text
 from pretrain.tracking.locks import LockFile
 from pretrain.tracking.records import Record
@@ -193,18 +194,9 @@ class MlflowRun:
             raise UnreachableError(_message(error)) from error
 
 
-@contextlib.contextmanager
-def _patience() -> Iterator[None]:
+def _patience() -> contextlib.AbstractContextManager[None]:
     """MLflow looks at the variable at each request."""
-    usual = os.environ.get(TIMEOUT)
-    os.environ[TIMEOUT] = str(max(HISTORY_SECONDS, int(usual or 0)))
-    try:
-        yield
-    finally:
-        if usual is None:
-            del os.environ[TIMEOUT]
-        else:
-            os.environ[TIMEOUT] = usual
+    return variable(TIMEOUT, str(max(HISTORY_SECONDS, int(os.environ.get(TIMEOUT) or 0))))
 
 
 def _connect(uri: str) -> MlflowClient:
