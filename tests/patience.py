@@ -10,12 +10,12 @@ PATIENCE = 280
 """Seconds, where somebody might wait for ever; a test of a timeout has its own."""
 
 
-def wait_until(holds: Callable[[], object], seconds: float = PATIENCE) -> None:
-    """Poll `holds()`; the deadline is for a test that would fail anyway."""
+def wait_until(holds: Callable[[], object], what: str = "it is true", seconds: float = PATIENCE) -> None:
+    """Poll `holds()`; the deadline is for a test that would fail anyway. what: for its message."""
     deadline = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.05)
+        assert time.monotonic() < deadline, f"after {seconds} s it is still not so that {what}"
+        time.sleep(0.1)
 
 
 def let_runs_deliver(setattr: Callable[[object, str, object], object] = setattr) -> None:

@@ -14,10 +14,10 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from patience import PATIENCE
+from patience import PATIENCE, wait_until
 from ports import free_port
 
 SBIN = "/usr/sbin:/sbin"
@@ -189,10 +189,3 @@ class Cluster:
             while program in (process / "cmdline").read_bytes():
                 os.kill(int(process.name), signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL)
                 time.sleep(0.2)
-
-
-def wait_until(holds: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"after {seconds} s it is still not so that {what}"
-        time.sleep(0.2)

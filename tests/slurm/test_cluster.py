@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from cluster import Cluster, wait_until
-from patience import PATIENCE
+from cluster import Cluster
+from patience import PATIENCE, wait_until
 from ranks import on_ranks
 from test_resume import TOTAL, config, final, journal, train
 

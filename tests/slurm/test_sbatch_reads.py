@@ -5,8 +5,9 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from cluster import Cluster, wait_until
+from cluster import Cluster
 from fakes import fake
+from patience import wait_until
 from test_render import HOSTILE, acceptable, job, profile
 
 from launch.render import render

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
-from cluster import Cluster, wait_until
+from cluster import Cluster
 from fakes import fake, run_script
+from patience import wait_until
 from test_cluster import LONGEST_SECONDS, Site
 from test_submit import Desk
 
