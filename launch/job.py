@@ -54,22 +54,15 @@ def train_job(
     run_dir = cwd / config.run.dir
     python = _interpreter(profile)
     snapshot = str(folder_of(run_dir, "train") / CONFIG)
+    patience = str(30 * profile.preflight_minutes)  # with the network: half of what there is
+    look = (*python, "-m", "launch.preflight", "--seconds", patience, snapshot)
     return Job(
         name=default_name(run_dir) if name is None else plain.name(name, "the job's name"),
         kind="train",
         run_dir=run_dir,
         cwd=cwd,
         commands=((*python, "-m", "pretrain.train", snapshot),),
-        preflight=(
-            *python,
-            "-m",
-            "launch.preflight",
-            "--seconds",
-            str(30 * profile.preflight_minutes),
-            snapshot,
-        )
-        if profile.preflight_minutes
-        else (),
+        preflight=look if profile.preflight_minutes else (),
         needs=needs,
     )
 

@@ -61,23 +61,24 @@ def _train(place: world.World, path: Path, overrides: tuple[str, ...], allow_cha
             _leave_words(directory, place, error)
             if isinstance(error, OSError):
                 raise UserError(str(error)) from error
-            if isinstance(error, RuntimeError) and _is_of_a_lost_peer(place, error):
+            if _is_of_a_lost_peer(place, error):
                 logs.to_file_only(log_file, error)
                 raise PeerError(f"{_words_of_culprit(directory, place)}\n  {_first_line(error)}") from error
             raise
 
 
 def _is_of_a_lost_peer(place: world.World, error: Exception) -> bool:
-    lost = isinstance(error, RuntimeError) and place.size > 1 and _LOST_PEER.search(str(error)) is not None
-    return lost or isinstance(error, PeerError)
+    """As a collective says it that another rank has left."""
+    return isinstance(error, RuntimeError) and place.size > 1 and _LOST_PEER.search(str(error)) is not None
 
 
 def _leave_words(directory: Path, place: world.World, error: Exception) -> None:
     """What this rank failed of, where the others look for it; nothing where it is another one that failed."""
-    if not _is_of_a_lost_peer(place, error):
-        is_plain = isinstance(error, UserError | OSError)
-        words = str(error) if is_plain else f"{type(error).__name__}: {error}"
-        run_dir.record_failure(directory, place.rank, error, words)
+    if isinstance(error, PeerError) or _is_of_a_lost_peer(place, error):
+        return
+    is_plain = isinstance(error, UserError | OSError)
+    words = str(error) if is_plain else f"{type(error).__name__}: {error}"
+    run_dir.record_failure(directory, place.rank, error, words)
 
 
 def _join_and_train(
@@ -108,7 +109,7 @@ def _join_and_train(
     return 0 if outcome.status == "finished" or UNDER_BATCH_SCRIPT in os.environ else INTERRUPTED
 
 
-def _first_line(error: RuntimeError) -> str:
+def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
 
 

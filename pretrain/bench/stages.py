@@ -105,9 +105,8 @@ def lock(setting: Setting) -> Iterator[Work]:
             time.sleep(_SECONDS_TO_SETTLE)
             batches = next(steps[kind])
             images = sum(map(len, batches))
-            blocked, computed = _compute(
-                tensor, images * 1e-3 / setting.cores
-            )  # about as long as a batch takes
+            batch_seconds = images * 1e-3 / setting.cores  # about what the loader needs for one
+            blocked, computed = _compute(tensor, batch_seconds)
             parts[kind] = blocked - alone * computed
         yield Work(images, parts)
 

@@ -71,9 +71,8 @@ class Saver:
         try:
             if self._ranks.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
-                aside.parent.mkdir(
-                    exist_ok=True
-                )  # in a run directory that is gone, unmounted say, nothing is saved
+                # Its parents are not made: in a run directory that is gone, unmounted say, nothing is saved.
+                aside.parent.mkdir(exist_ok=True)
                 aside.mkdir()
         except OSError as error:
             problem = str(error)

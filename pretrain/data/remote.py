@@ -315,10 +315,8 @@ def held_bytes(
     in_use = min(blocks_in_use * block, dataset.num_bytes)
     name, bound = "data.block_memory_mib", data.block_memory_mib * _MIB
     if data.cache_gib is not None:
-        name = "data.cache_gib"
-        bound = (
-            IN_USE * _cache_bytes(data.cache_gib) / ranks_here()
-        )  # they share it, and each keeps what it is reading
+        # Ranks of a node share it, and each keeps what it is reading.
+        name, bound = "data.cache_gib", IN_USE * _cache_bytes(data.cache_gib) / ranks_here()
     bound *= share
     ahead = min(in_use, bound - in_use) if data.read_ahead_mib is None else data.read_ahead_mib * _MIB
     if in_use + max(ahead, 0) > bound:
